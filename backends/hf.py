@@ -1,0 +1,690 @@
+"""The ``hf`` backend: any causal language model that transformers loads, answering many episodes at once.
+
+Requests come from many threads and are served by one engine thread that keeps a batch going: before each step
+waiting requests join it, and finished ones leave it.  The loop is our own because ``generate`` cannot do
+that: a static batch waits for its longest reply while new requests wait for all of it, and ``generate``
+spends milliseconds of bookkeeping on every token.  Measured with tests/bench/bench_hf.py (3.2 M parameters, 96
+mixed requests, 32 in flight, one CPU thread): ``generate`` one at a time 7.3 requests a second, in static
+batches of 32 24.1 (x3.3), this loop 30.1 (x4.1).  More than half of what is left is reading the prompts.
+
+Sampling is exact and belongs to the request, not to the batch: each one draws from its own generator, seeded
+by its ``Sampling.seed``, by inverting the distribution function in double precision.
+
+Prompts are rendered with ``sanitize_control_tokens``: ``<|im_end|>`` in a tool's output is text to the model,
+never the token, and harmless text gets the same ids as without it.
+"""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import inspect
+import json
+import math
+import random
+import threading
+import warnings
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Future, InvalidStateError
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from pytest_pocket.chat import Cancelled, ChatReply, ChatRequest, EngineError, Message, ToolCall
+from pytest_pocket.parsing import Parsed, parse
+from pytest_pocket.registry import ModelError
+
+JOIN_SHARE = 4
+"""Waiting requests join once there is one for this many running: each join copies the whole cache."""
+JOIN_STEPS = 8
+"""No request waits for longer than this many steps, if there is room in the batch."""
+UNLIMITED = 10**9
+
+_PROBE_TOOL = {
+    "type": "function",
+    "function": {
+        "name": "pocket_probe",
+        "description": "A probe.",
+        "parameters": {
+            "type": "object",
+            "properties": {"pocket_key": {"type": "string", "description": "A key."}},
+            "required": ["pocket_key"],
+        },
+    },
+}
+_PROBE_CALL = ToolCall("pocket_probe", {"pocket_key": "pocket value"})
+_PROBE_USER = Message("user", "pocket question")
+
+
+@dataclass(eq=False)
+class _Row:
+    """One request on its way through the batch."""
+
+    prompt: list[int]
+    limit: int
+    temperature: float
+    draw: Callable[[], float]
+    future: Future[_Row]
+    tokens: list[int] = field(default_factory=list)
+    logprob: float = 0.0
+    finish: Literal["stop", "length"] = "length"
+
+
+class HFBackend:
+    """A transformers model as a :class:`pytest_pocket.chat.Backend`.
+
+    ``path`` is a directory or a hub name; a directory never reaches for the network.  ``adapter`` is a PEFT
+    directory; a ``path`` that is itself an adapter brings its base.  ``batch`` bounds the requests that run
+    together.  ``dtype`` is a torch dtype's name: float32 on a CPU, elsewhere the checkpoint's own by default.
+    Only safetensors are read, and no code that comes with a model is run.  Raises ModelError.
+
+    ``supports_think`` says whether the model's template has a switch for thinking; ``model_window`` is the
+    context window in tokens.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        *,
+        adapter: str | None = None,
+        device: str | None = None,
+        dtype: str | None = None,
+        batch: int = 64,
+    ) -> None:
+        if batch < 1:
+            raise ModelError(f"batch {batch} is not at least 1")
+        path, adapter = _base_of(path, adapter)
+        self.device = _device(device)
+        self.dtype = dtype or ("float32" if self.device == "cpu" else "auto")
+        self._tokenizer = _load_tokenizer(path)
+        self._model = _load_model(path, adapter, self.device, self.dtype)
+        self.dtype = str(self._model.dtype).removeprefix("torch.")
+        self._rendering = threading.Lock()
+        self._probe_template(path)
+        config = self._model.config.get_text_config()
+        self.model_window = int(getattr(config, "max_position_embeddings", None) or UNLIMITED)
+        self._engine = _Engine(self._model, _stop_ids(self._model, self._tokenizer), batch)
+        self._name = f"transformers {_version()}"
+
+    def chat(self, request: ChatRequest) -> ChatReply:
+        """Answer one request.  Raises EngineError for the engine's faults, Cancelled after ``cancel``."""
+        sampling = request.sampling
+        try:
+            prompt = self._render(request.messages, request.tools, think=sampling.think)
+            text = self._decode(prompt)
+        except Exception as error:
+            raise EngineError(f"the chat template failed: {type(error).__name__}: {error}") from error
+        evidence: dict[str, str | int | float] = {
+            "prompt_sha256": hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest(),
+            "temperature": sampling.temperature,
+            "seed": sampling.seed,
+            "think": int(sampling.think),
+            "max_tokens": sampling.max_tokens,
+            "engine": self._name,
+            "device": self.device,
+            "dtype": self.dtype,
+        }
+        limit = min(sampling.max_tokens, self.model_window - len(prompt))
+        if limit <= 0:
+            evidence["room"] = self.model_window - len(prompt)
+            return ChatReply(
+                "", finish="length", prompt_tokens=len(prompt), evidence=evidence, prompt_ids=tuple(prompt)
+            )
+        row = _Row(prompt, limit, sampling.temperature, random.Random(sampling.seed).random, Future())
+        self._engine.submit(row)
+        row.future.result()
+        parsed = self._parse(text, row, request)
+        return ChatReply(
+            parsed.content,
+            thinking=parsed.thinking,
+            calls=parsed.calls,
+            malformed=parsed.malformed,
+            finish=row.finish,
+            prompt_tokens=len(prompt),
+            completion_tokens=len(row.tokens),
+            logprob=row.logprob,
+            evidence=evidence,
+            prompt_ids=tuple(prompt),
+            completion_ids=tuple(row.tokens),
+        )
+
+    def cancel(self) -> None:
+        """Make requests in flight, and later ones, raise Cancelled at once."""
+        self._engine.stop(Cancelled())
+
+    def close(self) -> None:
+        """End the engine thread and free the model."""
+        self._engine.stop(EngineError("the model is closed"))
+        self._engine.join()
+        self._model = None
+        _free_memory()
+
+    def _render(
+        self,
+        messages: Iterable[Message],
+        tools: Iterable[Mapping[str, Any]],
+        *,
+        think: bool,
+        prompt: bool = True,
+    ) -> list[int]:
+        """The conversation as token ids; with ``prompt``, ending where the model is to write."""
+        # The fast tokenizers keep state while they encode: one thread at a time.
+        with self._rendering:
+            ids = self._tokenizer.apply_chat_template(
+                [message.to_dict() for message in messages],
+                tools=[dict(tool) for tool in tools] or None,
+                add_generation_prompt=prompt,
+                enable_thinking=think,
+                sanitize_control_tokens=True,
+                return_dict=False,
+            )
+        return list(ids)
+
+    def _decode(self, ids: Sequence[int]) -> str:
+        return str(self._tokenizer.decode(ids, clean_up_tokenization_spaces=False))
+
+    def _parse(self, prompt: str, row: _Row, request: ChatRequest) -> Parsed:
+        """The reply, taken apart."""
+        ids = row.tokens[:-1] if row.finish == "stop" else row.tokens
+        text = self._decode(ids)
+        if self._response_template:
+            return _parse_by_template(self._tokenizer, prompt, text, request.tools)
+        return parse(text, thinking_open=self._thinking_open[request.sampling.think], schemas=request.tools)
+
+    def _probe_template(self, path: str) -> None:
+        """Find out what the template does, once, rather than trust it.  Raises ModelError.
+
+        Our parser is preferred where it reads what the template writes, because transformers' own
+        (``tokenizer.response_template``) says nothing about a malformed call.
+        """
+        if not self._tokenizer.chat_template:
+            raise ModelError(
+                f"{path} has no chat template: use an instruction-tuned model, or add chat_template.jinja"
+            )
+
+        def shown(*messages: Message, think: bool = False, prompt: bool = False) -> str:
+            return self._decode(self._render(messages, [_PROBE_TOOL], think=think, prompt=prompt))
+
+        try:
+            offered = shown(_PROBE_USER)
+            asked = {think: shown(_PROBE_USER, think=think, prompt=True) for think in (False, True)}
+        except Exception as error:
+            raise ModelError(
+                f"the chat template of {path} fails: {error}; give the model one that works"
+            ) from error
+        if _PROBE_CALL.name not in offered:
+            raise ModelError(
+                f"the chat template of {path} ignores tools: use a model whose template renders them"
+            )
+        try:
+            called = shown(_PROBE_USER, Message("assistant", "", calls=(_PROBE_CALL,)))
+        except Exception:
+            called = ""
+        spoken = called.rpartition(_PROBE_USER.content)[2]
+        ours = parse(spoken, thinking_open=False, schemas=[_PROBE_TOOL]).calls == (_PROBE_CALL,)
+        self._response_template = not ours and getattr(self._tokenizer, "response_template", None) is not None
+        if not ours and not self._response_template:
+            raise ModelError(
+                f"the tool calls of {path} are spelled in an unknown way: set response_template "
+                "in its tokenizer_config.json, or serve it with vLLM and use vllm:NAME"
+            )
+        self.supports_think = asked[True] != asked[False]
+        self._thinking_open = {
+            think: _thinking_open(text.rpartition(_PROBE_USER.content)[2]) for think, text in asked.items()
+        }
+
+
+class _Engine:
+    """The thread that owns the model: takes rows from a queue, and resolves their futures."""
+
+    def __init__(self, model: Any, stop_ids: frozenset[int], batch: int) -> None:
+        self._batch = _Batch(model, stop_ids)
+        self._size = batch
+        self._waiting: deque[_Row] = deque()
+        self._known: set[_Row] = set()
+        self._changed = threading.Condition()
+        self._ended: Exception | None = None
+        self._thread = threading.Thread(target=self._run, name="pocket-hf", daemon=True)
+        self._thread.start()
+
+    def submit(self, row: _Row) -> None:
+        """Queue a row; its future resolves when it is finished.  Raises what ``stop`` was given."""
+        with self._changed:
+            if self._ended:
+                raise self._ended
+            self._waiting.append(row)
+            self._known.add(row)
+            self._changed.notify()
+
+    def stop(self, reason: Exception) -> None:
+        """Fail every row, present and future, with the reason; the thread ends after the current step."""
+        with self._changed:
+            self._ended = self._ended or reason
+            self._waiting.clear()
+            for row in tuple(self._known):
+                self._resolve(row, self._ended)
+            self._changed.notify()
+
+    def join(self) -> None:
+        """Wait until the thread has ended, and let go of the model."""
+        self._thread.join()
+        self._batch.release()
+
+    def _run(self) -> None:
+        import torch
+
+        with torch.inference_mode():
+            steps = 0
+            while (joining := self._next(steps)) is not None:
+                steps = 0 if joining else steps + 1
+                if joining:
+                    self._join(joining)
+                else:
+                    self._work(self._batch.step)
+        self._batch.clear()
+
+    def _next(self, steps: int) -> list[_Row] | None:
+        """The rows that join now, none to go on with those running; None when the engine has to end."""
+        with self._changed:
+            running = len(self._batch.rows)
+            while not self._ended and not running and not self._waiting:
+                self._changed.wait()
+            if self._ended:
+                return None
+            room = self._size - running if self._batch.joinable else self._size * (not running)
+            if steps < JOIN_STEPS and len(self._waiting) * JOIN_SHARE < min(running, room * JOIN_SHARE):
+                return []
+            return [self._waiting.popleft() for _ in range(min(room, len(self._waiting)))]
+
+    def _join(self, rows: list[_Row]) -> None:
+        """Let rows join.  A fault while their prompts are read is theirs alone."""
+        try:
+            read = self._batch.read(rows)
+        except Exception as error:
+            self._fail(rows, error)
+        else:
+            self._work(lambda: self._batch.join(rows, *read), rows)
+
+    def _work(self, advance: Callable[[], list[_Row]], joining: Sequence[_Row] = ()) -> None:
+        """Let the batch advance, and resolve what that finished.  A fault ends every row of it."""
+        running = self._batch.rows
+        try:
+            finished = advance()
+        except Exception as error:
+            self._batch.clear()
+            self._fail([*running, *joining], error)
+            return
+        with self._changed:
+            for row in finished:
+                self._resolve(row, _not_a_number() if math.isnan(row.logprob) else None)
+
+    def _fail(self, rows: Iterable[_Row], error: Exception) -> None:
+        with self._changed:
+            for row in rows:
+                self._resolve(row, _engine_error(error))
+        _free_memory()
+
+    def _resolve(self, row: _Row, error: Exception | None = None) -> None:
+        self._known.discard(row)
+        try:
+            if error is None:
+                row.future.set_result(row)
+            else:
+                row.future.set_exception(error)
+        except InvalidStateError:
+            pass  # stop() came first
+
+
+class _Batch:
+    """The rows that decode together: a left-padded cache, and a mask of shape [rows, cached tokens].
+
+    ``joinable`` is False for caches that cannot be padded later (sliding windows, states that we do not
+    know): such models run one batch to its end before the next.
+    """
+
+    def __init__(self, model: Any, stop_ids: frozenset[int]) -> None:
+        self._model = model
+        self._stop_ids = stop_ids
+        parameters = inspect.signature(_forward_of(model)).parameters
+        self._options = {"logits_to_keep": 1} if "logits_to_keep" in parameters else {}
+        self._positions = "position_ids" in parameters
+        self.clear()
+        self.joinable = True
+
+    def clear(self) -> None:
+        """Forget all rows."""
+        self.rows: list[_Row] = []
+        self._cache: Any = None
+        self._mask: Any = None
+
+    def release(self) -> None:
+        """Forget all rows and the model."""
+        self.clear()
+        self._model = None
+
+    def read(self, rows: Sequence[_Row]) -> tuple[Any, Any, Any]:
+        """Run new prompts through the model; the batch stays as it is."""
+        import torch
+
+        width = max(len(row.prompt) for row in rows)
+        pads = [width - len(row.prompt) for row in rows]
+        device = self._model.device
+        padded = [[0] * pad + row.prompt for pad, row in zip(pads, rows, strict=True)]
+        ids = torch.tensor(padded, device=device)
+        mask = torch.tensor([[0] * pad + [1] * (width - pad) for pad in pads], device=device)
+        return self._forward(ids, mask, None)
+
+    def join(self, rows: Sequence[_Row], cache: Any, logits: Any, mask: Any) -> list[_Row]:
+        """Add rows that were read, and draw their first tokens; gives those that this finished."""
+        import torch
+
+        self.joinable = _joinable(cache)
+        if self.rows:
+            held, new = self._mask.shape[1], mask.shape[1]
+            width = max(held, new)
+            _pad(self._cache, width - held)
+            _pad(cache, width - new)
+            pad = torch.nn.functional.pad
+            self._mask = torch.cat([pad(self._mask, (width - held, 0)), pad(mask, (width - new, 0))])
+            _concatenate(self._cache, cache)
+        else:
+            self._cache, self._mask = cache, mask
+        self.rows = [*self.rows, *rows]
+        return self._advance(rows, logits)
+
+    def step(self) -> list[_Row]:
+        """Decode one token for every row; gives the rows that this finished, which have left the batch."""
+        import torch
+
+        ids = torch.tensor([[row.tokens[-1]] for row in self.rows], device=self._model.device)
+        mask = torch.nn.functional.pad(self._mask, (0, 1), value=1)
+        self._cache, logits, self._mask = self._forward(ids, mask, self._cache)
+        return self._advance(self.rows, logits)
+
+    def _forward(self, ids: Any, mask: Any, cache: Any) -> tuple[Any, Any, Any]:
+        """Run the model; gives the cache, the last logits in float32, and the mask."""
+        options = dict(self._options)
+        if self._positions:
+            positions = (mask.cumsum(1) - 1).clamp_(min=0)
+            options["position_ids"] = positions[:, -ids.shape[1] :]
+        output = self._model(
+            input_ids=ids,
+            attention_mask=mask,
+            past_key_values=cache,
+            use_cache=True,
+            return_dict=True,
+            **options,
+        )
+        return output.past_key_values, output.logits[:, -1].float(), mask
+
+    def _advance(self, rows: Sequence[_Row], logits: Any) -> list[_Row]:
+        """Give each of these rows its next token; take the finished ones out of the batch."""
+        import torch
+
+        tokens, logprobs = _draw(logits, rows)
+        finished = []
+        for row, token, logprob in zip(rows, tokens, logprobs, strict=True):
+            row.tokens.append(token)
+            row.logprob += logprob
+            if token in self._stop_ids:
+                row.finish = "stop"
+            if row.finish == "stop" or len(row.tokens) >= row.limit or math.isnan(logprob):
+                finished.append(row)
+        if finished:
+            gone = set(finished)
+            keep = [index for index, row in enumerate(self.rows) if row not in gone]
+            self.rows = [self.rows[index] for index in keep]
+            if not keep:
+                self.clear()
+            else:
+                chosen = torch.tensor(keep, device=self._mask.device)
+                self._cache.reorder_cache(chosen)
+                self._mask = self._mask.index_select(0, chosen)
+                if self.joinable:
+                    unused = int(self._mask.argmax(1).min())
+                    self._mask = self._mask[:, unused:]
+                    _pad(self._cache, -unused)
+        return finished
+
+
+def _draw(logits: Any, rows: Sequence[_Row]) -> tuple[list[int], list[float]]:
+    """The next token of each row, and its log-probability at temperature 1.
+
+    Temperature 0 takes the most likely token.  Above, u uniform in [0, 1) picks the first token at which the
+    cumulated probability exceeds u: an exact draw, from one number of the row's own generator.
+    """
+    import torch
+
+    chosen = logits.argmax(-1)
+    hot = [index for index, row in enumerate(rows) if row.temperature > 0]
+    if hot:
+        # Apple's GPUs have no double precision.
+        device = "cpu" if logits.device.type == "mps" else logits.device
+        scores = logits[hot].to(device).double()
+        scores -= scores.max(-1, keepdim=True).values
+        scores /= torch.tensor(
+            [[rows[index].temperature] for index in hot], dtype=scores.dtype, device=device
+        )
+        cumulated = scores.softmax(-1).cumsum(-1)
+        numbers = torch.tensor([[rows[index].draw()] for index in hot], dtype=scores.dtype, device=device)
+        drawn = torch.searchsorted(cumulated, numbers * cumulated[:, -1:], right=True)
+        chosen[hot] = drawn.squeeze(-1).clamp_(max=logits.shape[-1] - 1).to(chosen.device)
+    logprobs = logits.gather(-1, chosen[:, None]).squeeze(-1) - logits.logsumexp(-1)
+    return chosen.tolist(), logprobs.tolist()
+
+
+def _joinable(cache: Any) -> bool:
+    from transformers import cache_utils
+
+    known = {cache_utils.DynamicLayer, getattr(cache_utils, "LinearAttentionLayer", cache_utils.DynamicLayer)}
+    return all(type(layer) in known for layer in getattr(cache, "layers", [None]))
+
+
+def _pad(cache: Any, count: int) -> None:
+    """Add ``count`` empty columns on the left of a cache's keys and values; cut them off when negative."""
+    import torch
+
+    if count:
+        for layer in cache.layers:
+            if getattr(layer, "keys", None) is not None:
+                layer.keys = torch.nn.functional.pad(layer.keys, (0, 0, count, 0))
+                layer.values = torch.nn.functional.pad(layer.values, (0, 0, count, 0))
+
+
+def _concatenate(cache: Any, other: Any) -> None:
+    """Append the rows of another cache of the same width."""
+    import torch
+
+    for layer, more in zip(cache.layers, other.layers, strict=True):
+        if getattr(layer, "keys", None) is not None:
+            layer.keys = torch.cat([layer.keys, more.keys])
+            layer.values = torch.cat([layer.values, more.values])
+        for states in ("conv_states", "recurrent_states"):
+            held = getattr(layer, states, {})
+            for index, state in held.items():
+                if state is not None:
+                    held[index] = torch.cat([state, getattr(more, states)[index]])
+
+
+def _engine_error(error: Exception) -> EngineError:
+    text = str(error)
+    if "out of memory" in text or "can't allocate memory" in text:
+        return EngineError("the engine ran out of memory: reduce --pocket-in-flight")
+    return EngineError(f"the engine failed: {type(error).__name__}: {_first_line(error)}")
+
+
+def _not_a_number() -> EngineError:
+    return EngineError("the model computed not-a-number; try dtype float32")
+
+
+def _parse_by_template(tokenizer: Any, prompt: str, text: str, tools: Sequence[Mapping[str, Any]]) -> Parsed:
+    """Take a reply apart with the tokenizer's own ``response_template``."""
+    try:
+        message = tokenizer.parse_response(text, prefix=prompt, tools=[dict(tool) for tool in tools])
+        functions = [call.get("function", call) for call in message.get("tool_calls") or ()]
+        calls = tuple(ToolCall(call["name"], dict(call.get("arguments") or {})) for call in functions)
+    except Exception as error:
+        return Parsed(text, malformed=f"the call cannot be read: {error}")
+    thinking = message.get("reasoning_content") or message.get("thinking") or message.get("reasoning") or ""
+    return Parsed(str(message.get("content") or ""), thinking=str(thinking), calls=calls)
+
+
+def _thinking_open(ending: str) -> bool:
+    return ending.rfind("<think>") > ending.rfind("</think>")
+
+
+def _base_of(path: str, adapter: str | None) -> tuple[str, str | None]:
+    """The base and the adapter; a path that holds only an adapter stands for both.  Raises ModelError."""
+    directory = Path(path).expanduser()
+    if directory.is_dir():
+        path = str(directory)
+        alone = (directory / "adapter_config.json").is_file() and not (directory / "config.json").is_file()
+        if adapter is None and alone:
+            path, adapter = _base_named_by(directory), path
+    elif _looks_local(path):
+        raise ModelError(
+            f"no model directory {path!r}: give an existing one, or a hub name like Qwen/Qwen3-0.6B"
+        )
+    if adapter is not None:
+        adapter = str(Path(adapter).expanduser())
+        if not (Path(adapter) / "adapter_config.json").is_file():
+            raise ModelError(f"no adapter in {adapter!r} (no adapter_config.json): give a PEFT directory")
+        if not (Path(adapter) / "adapter_model.safetensors").is_file():
+            raise ModelError(f"adapter {adapter!r} has no adapter_model.safetensors: save it as safetensors")
+    return path, adapter
+
+
+def _base_named_by(adapter: Path) -> str:
+    """The base that an adapter was trained on: a directory (from here or from the adapter) or a hub name."""
+    try:
+        base = json.loads((adapter / "adapter_config.json").read_text())["base_model_name_or_path"]
+    except (OSError, ValueError, KeyError, TypeError):
+        base = None
+    if not isinstance(base, str) or not base:
+        raise ModelError(
+            f"adapter {adapter} does not name its base: give the base as path and this as adapter"
+        )
+    if (adapter / base).is_dir():
+        return str(adapter / base)
+    if _looks_local(base) and not Path(base).is_dir():
+        raise ModelError(
+            f"the base of adapter {adapter} is missing: {base!r}; put it there, or give it as path"
+        )
+    return base
+
+
+def _looks_local(path: str) -> bool:
+    """A hub name is NAME or OWNER/NAME; everything else is meant as a directory."""
+    return not path or path[0] in "/.~" or path.count("/") > 1 or path.endswith("/")
+
+
+def _device(device: str | None) -> str:
+    import torch
+
+    if device is None:
+        device = (
+            "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        )
+    try:
+        return str(torch.device(device))
+    except RuntimeError:
+        raise ModelError(f"unknown device {device!r}: use cpu, cuda, cuda:1 or mps") from None
+
+
+def _load_tokenizer(path: str) -> Any:
+    from transformers import AutoTokenizer
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+
+    try:
+        return AutoTokenizer.from_pretrained(
+            path, local_files_only=Path(path).is_dir(), trust_remote_code=False
+        )
+    except Exception as error:
+        raise ModelError(f"cannot load the tokenizer of {path!r}: {_first_line(error)}") from error
+
+
+def _load_model(path: str, adapter: str | None, device: str, dtype: str) -> Any:
+    """The model, ready to run.  Raises ModelError when a weight is missing, rather than run a random one."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    directory = Path(path)
+    local = directory.is_dir()
+    if local and not any(directory.glob("*.safetensors")):
+        raise ModelError(
+            f"{path} has no *.safetensors, and other weights are not read: save the model as safetensors"
+        )
+    if dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
+        raise ModelError(f"unknown dtype {dtype!r}: use float32, bfloat16 or float16")
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            path,
+            dtype=dtype if dtype == "auto" else getattr(torch, dtype),
+            use_safetensors=True,
+            trust_remote_code=False,
+            local_files_only=local,
+            output_loading_info=True,
+        )
+    except Exception as error:
+        raise ModelError(f"cannot load model {path!r}: {_first_line(error)}") from error
+    model, info = loaded
+    missing = sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]]))
+    if missing:
+        raise ModelError(
+            f"the weights of {path} lack {len(missing)} tensors ({missing[0]}, ...): fetch them again"
+        )
+    if adapter is not None:
+        model = _add_adapter(model, path, adapter)
+    try:
+        return model.to(device).eval()
+    except (RuntimeError, AssertionError) as error:
+        raise ModelError(f"cannot put {path} on {device}: {_first_line(error)}") from error
+
+
+def _add_adapter(model: Any, path: str, adapter: str) -> Any:
+    import torch
+    from peft import PeftModel
+
+    try:
+        with warnings.catch_warnings():
+            # PEFT only warns when an adapter does not fit its base, and leaves those layers untouched.
+            warnings.filterwarnings("error", message=".*missing adapter keys.*")
+            adapted = PeftModel.from_pretrained(model, adapter, local_files_only=True)
+    except Exception as error:
+        raise ModelError(f"adapter {adapter} does not fit {path}: {_first_line(error)}") from error
+    # Merging rounds the weights, which in half precision changes the model.
+    return adapted.merge_and_unload() if model.dtype == torch.float32 else adapted
+
+
+def _forward_of(model: Any) -> Any:
+    return model.get_base_model().forward if hasattr(model, "get_base_model") else model.forward
+
+
+def _stop_ids(model: Any, tokenizer: Any) -> frozenset[int]:
+    """The tokens that end a reply: the generation config's, the tokenizer's, and ChatML's."""
+    declared = model.generation_config.eos_token_id
+    ids = {*(declared if isinstance(declared, list) else [declared]), tokenizer.eos_token_id}
+    ids.add(tokenizer.added_tokens_encoder.get("<|im_end|>"))
+    return frozenset(token for token in ids if token is not None)
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
+def _version() -> str:
+    import transformers
+
+    return str(transformers.__version__)
+
+
+def _free_memory() -> None:
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

@@ -1,0 +1,191 @@
+"""The ``pocket`` command: what there is, what a run showed, and the training stages.
+
+Everything heavy is imported by the command that needs it, so that ``pocket --help`` answers at once.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import shutil
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+
+if TYPE_CHECKING:
+    from pytest_pocket.registry import Model
+
+STAGES = ("data", "tokenizer", "pretrain", "sft")
+USAGE = 2
+RESULT_LINES = 20
+"""How much of one message ``--trace`` shows."""
+
+app = typer.Typer(
+    help="How far can a very small language model go as a coding agent? Run it with pytest; look at it here.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+def _stop(message: object) -> NoReturn:
+    """End with one line and the usage exit code."""
+    typer.echo(f"pocket: {message}", err=True)
+    raise typer.Exit(USAGE)
+
+
+@app.command("list")
+def list_all(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
+    """Show the models, the tasks and the conditions there are."""
+    from pytest_pocket import registry, task_list
+    from pytest_pocket.conditions import SYSTEM_PROMPTS, THINK
+
+    try:
+        models = registry.Registry(registry.from_pyproject(Path("pyproject.toml"))).models.values()
+    except registry.ModelError as error:
+        _stop(error)
+    groups: dict[str, list[str]] = {}
+    for task in task_list.shipped().values():
+        groups.setdefault(task.group, []).append(task.name)
+    conditions = {"prompt": list(SYSTEM_PROMPTS), "think": list(THINK)}
+    if as_json:
+        data = {"models": [_about(model) for model in models], "tasks": groups, "conditions": conditions}
+        typer.echo(json.dumps(data, indent=2))
+        return
+    typer.echo("\n".join(_catalogue(models, groups, conditions)))
+
+
+def _about(model: Model) -> dict[str, str]:
+    keys = ("name", "backend", "stage", "parent", "description")
+    return {key: str(getattr(model, key)) for key in keys}
+
+
+def _catalogue(
+    models: Iterable[Model], groups: Mapping[str, list[str]], conditions: Mapping[str, list[str]]
+) -> Iterator[str]:
+    from pytest_pocket.report import printable
+
+    yield "models (--pocket-model)"
+    rows = [("name", "backend", "stage", "parent", "")]
+    rows += [tuple(map(printable, _about(model).values())) for model in models]  # type: ignore[misc]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
+        yield f"  {'  '.join(cells)}".rstrip()
+    yield "\ntasks (-m GROUP, -k TASK)"
+    for group, names in groups.items():
+        yield f"  {group:<6} {' '.join(names)}"
+    yield "\nconditions"
+    for option, values in conditions.items():
+        yield f"  --pocket-{option:<12} {' '.join(values)}"
+    yield "  --pocket-temperature  0 (greedy) or above"
+    yield "  --pocket-best-of      1 or more"
+
+
+@app.command()
+def show(
+    run: Annotated[Path, typer.Argument(help="A run directory, or its episodes.jsonl.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON: one row an episode.")] = False,
+    task: Annotated[str, typer.Option(help="Only this task.")] = "",
+    trace: Annotated[bool, typer.Option("--trace", help="Print the trajectories.")] = False,
+) -> None:
+    """Show the table of a run, or its trajectories."""
+    from pytest_pocket import records, report
+
+    try:
+        _, found = records.load(run.parent if run.name == records.EPISODES else run)
+    except records.RecordsError as error:
+        _stop(error)
+    try:
+        chosen = [record for record in found if task in ("", record["task"])]
+        if task and not chosen:
+            names = ", ".join(sorted({record["task"] for record in found})) or "none"
+            _stop(f"no episode of task {task!r} in {run}: it holds {names}")
+        if trace:
+            shown = [record for record in chosen if as_json] or "\n".join(map(_trajectory, chosen))
+        else:
+            rows = report.rows(chosen)
+            shown = rows if as_json else _tables(rows)
+    except (KeyError, TypeError, AttributeError) as error:
+        _stop(
+            f"a record in {run} is not of this version: {type(error).__name__}: {error}; update pytest-pocket"
+        )
+    typer.echo(shown if isinstance(shown, str) else json.dumps(shown, indent=2))
+
+
+def _tables(rows: list[dict[str, str | int | float]]) -> str:
+    from pytest_pocket import report
+
+    width = shutil.get_terminal_size().columns
+    plain = not (sys.stdout.encoding or "").lower().startswith("utf")
+    return "\n".join(
+        (report.render(rows, width, ascii_only=plain), report.tasks(rows, width, ascii_only=plain))
+    )
+
+
+def _trajectory(record: Mapping[str, Any]) -> str:
+    """An episode to be read: what was said, called and answered, and how it was scored."""
+    from pytest_pocket.report import printable
+
+    think = "think" if record["think"] else "no-think"
+    reward = "invalid" if record["reward"] is None else f"reward {record['reward']:.3f}"
+    head = (
+        f"{record['task']} run {record['run']} · {record['model']} {record['prompt']} {think} "
+        f"t {record['temperature']:g} · {record['outcome']}, {reward}"
+    )
+    lines = [f"=== {printable(head)}"]
+    for message in record["messages"]:
+        lines += _message(message)
+    lines += [
+        printable(f"--- {check['name']}: {check['value']:g} {check['detail']}".rstrip())
+        for check in record["checks"]
+    ]
+    if record["detail"]:
+        lines.append(printable(f"--- {record['detail']}"))
+    return "\n".join([*lines, ""])
+
+
+def _message(message: Mapping[str, Any]) -> Iterator[str]:
+    name = f" {message['name']}" if message.get("name") else ""
+    yield from _indented(f"[{message['role']}{name}]", message["content"])
+    if thinking := message.get("reasoning_content"):
+        yield from _indented("    (thinking)", thinking)
+    for call in message.get("tool_calls", ()):
+        function = call["function"]
+        for key, value in function["arguments"].items():
+            yield from _indented(f"  > {function['name']} {key}=", str(value))
+        if not function["arguments"]:
+            yield from _indented(f"  > {function['name']}", "")
+
+
+def _indented(head: str, text: str) -> Iterator[str]:
+    """Text a model or a file wrote, made harmless for a terminal, cut with a mark."""
+    from pytest_pocket.report import printable
+
+    first, *rest = text.splitlines() or [""]
+    yield printable(f"{head} {first}").rstrip()
+    for line in rest[: RESULT_LINES - 1]:
+        yield f"    {printable(line)}"
+    if len(rest) >= RESULT_LINES:
+        yield f"    [{len(rest) - RESULT_LINES + 1} more lines]"
+
+
+@app.command(
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []},
+    add_help_option=False,
+)
+def train(context: typer.Context, stage: Annotated[str, typer.Argument(help="The stage.")] = "") -> None:
+    """Train: pocket train STAGE [OPTIONS], where STAGE is one of data, tokenizer, pretrain, sft."""
+    if stage not in STAGES:
+        _stop(f"unknown training stage {stage!r}: choose from {', '.join(STAGES)}")
+    name = f"pytest_pocket.training.{stage}"
+    try:
+        module = importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name == name:
+            _stop(f"training stage {stage!r} is not part of this installation")
+        _stop(f"training stage {stage!r} needs {error.name}: pip install 'pytest-pocket[train]'")
+    raise typer.Exit(module.main(context.args) or 0)

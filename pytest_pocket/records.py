@@ -1,0 +1,419 @@
+"""Records: the run directory, which outlives the session and is the source of every number shown.
+
+``run.json`` says what was run and where; ``episodes.jsonl`` holds one line an episode, appended as episodes
+finish, so that a killed session loses nothing that had finished.  Several processes (pytest-xdist) and
+threads append to one file: each append is one write under a lock.  A line holds everything that is needed
+to score the episode again, to read its trajectory, to resume the run, and to train on it.
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import fcntl
+import json
+import math
+import os
+import platform
+import re
+import secrets
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from pytest_pocket.task import SUITE_VERSION
+
+if TYPE_CHECKING:
+    from pytest_pocket.chat import ChatReply
+    from pytest_pocket.episode import Episode
+    from pytest_pocket.registry import Model
+    from pytest_pocket.sandbox import FileState
+
+SCHEMA = 1
+RUN = "run.json"
+EPISODES = "episodes.jsonl"
+FILE_BYTES = 64 * 2**10
+"""How much of one final file is kept."""
+EPISODE_BYTES = 512 * 2**10
+"""How much of all final files of one episode is kept."""
+NESTING = 40
+PACKAGES = ("pytest", "pytest-xdist", "torch", "transformers", "peft", "tokenizers", "vllm")
+SECRET = re.compile(r"api.?key|token$|password|passwd|secret|credential|authorization", re.IGNORECASE)
+URL_USER = re.compile(r"(?<=://)[^/\s@]*@")
+URL_QUERY = re.compile(r"(?<=[?&])([^=&\s]*(?:key|token|pass|secret|sig)[^=&\s]*)=[^&#\s]*", re.IGNORECASE)
+
+
+class RecordsError(Exception):
+    """A run directory that cannot be written or read, said in one line: what, the value, what to do."""
+
+
+class Cell(Protocol):
+    """Where an attempt stands in the run: which instance, which repeat on it."""
+
+    @property
+    def run(self) -> int:
+        """The run, from 1: which evaluation instance of the task."""
+        ...
+
+    @property
+    def sample(self) -> int:
+        """The repeat on that instance."""
+        ...
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run directory to which episodes are appended, from any thread or process."""
+
+    directory: Path
+
+    def append(self, record: Mapping[str, Any]) -> None:
+        """Add one line, whole or not at all.  Raises RecordsError."""
+        line = to_line(record)
+        path = self.directory / EPISODES
+        try:
+            with _locked(path) as file:
+                end = _end_of_last_line(file)
+                try:
+                    _write(file, line)
+                except OSError:
+                    os.ftruncate(file, end)
+                    raise
+        except OSError as error:
+            raise _unwritable(path, error) from error
+
+
+def start(directory: Path | None, info: Mapping[str, Any]) -> Run:
+    """Make a run directory and write its ``run.json``.  Raises RecordsError, and then leaves no ``run.json``.
+
+    Without a directory, one is made under ``.pocket/runs``, named by the time (UTC) and a random part.
+    """
+    if directory is None:
+        now = datetime.now(UTC).strftime("%Y%m%dT%H%M%SZ")
+        directory = Path(".pocket", "runs", f"{now}-{secrets.token_hex(3)}")
+    directory = Path(os.path.abspath(directory))
+    episodes = directory / EPISODES
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        if episodes.exists() and episodes.stat().st_size:
+            raise RecordsError(f"{directory} already holds a run: give --pocket-records another folder")
+        episodes.touch()
+        _replace(directory / RUN, to_line(info, indent=2))
+    except OSError as error:
+        raise _unwritable(directory, error) from error
+    return Run(directory)
+
+
+def join(directory: Path) -> Run:
+    """The run that another process, the controller, has started.  Raises RecordsError."""
+    if not (directory / RUN).is_file():
+        raise RecordsError(f"{directory} holds no {RUN}: give the directory of a run")
+    return Run(directory)
+
+
+def load(directory: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """What a run directory holds: ``run.json`` and the episodes.  Raises RecordsError.
+
+    A torn last line, as a killed session may leave it, is passed over.
+    """
+    join(directory)
+    info = _object(directory / RUN, 1, _read(directory / RUN))
+    path = directory / EPISODES
+    lines = _read(path).split(b"\n") if path.exists() else [b""]
+    return info, [_object(path, number, line) for number, line in enumerate(lines[:-1], 1) if line.strip()]
+
+
+def record(
+    *,
+    cell: Cell,
+    model: Model,
+    episode: Episode,
+    split: str,
+    group: str,
+    chosen: bool = True,
+    candidate: int = 0,
+) -> dict[str, Any]:
+    """The record of an episode that has just ended.
+
+    ``reward`` and ``passed`` are None when the episode is invalid.  With best-of-N every candidate has a
+    record, numbered by ``candidate``; the one that was picked is ``chosen``.
+    """
+    instance, condition, score = episode.instance, episode.condition, episode.score
+    started = datetime.fromtimestamp(time.time() - episode.seconds, UTC)
+    return {
+        "schema": SCHEMA,
+        "suite": SUITE_VERSION,
+        "task": instance.task,
+        "group": group,
+        "model": model.name,
+        "backend": model.backend,
+        "prompt": condition.prompt,
+        "think": condition.think,
+        "temperature": condition.temperature,
+        "best_of": condition.best_of,
+        "split": split,
+        "run": cell.run,
+        "seed": instance.seed,
+        "unseen": list(instance.unseen),
+        "sample": cell.sample,
+        "candidate": candidate,
+        "chosen": chosen,
+        "outcome": episode.outcome,
+        "stop": episode.stop,
+        "detail": episode.detail,
+        "reward": score.reward if score else None,
+        "passed": score.passed if score else None,
+        "checks": [
+            {"name": check.name, "value": check.value, "detail": check.detail}
+            for check in (score.checks if score else ())
+        ],
+        "answer": episode.answer,
+        "messages": [message.to_dict() for message in episode.messages],
+        "replies": [_reply(reply) for reply in episode.replies],
+        "files": _files(episode.after),
+        "started": started.isoformat(timespec="milliseconds"),
+        "seconds": round(episode.seconds, 6),
+    }
+
+
+def describe(
+    *,
+    command: Sequence[str],
+    models: Iterable[Model],
+    seed: int,
+    options: Mapping[str, Any],
+    directory: Path | None = None,
+) -> dict[str, Any]:
+    """What ``run.json`` says of a session: enough to repeat it, nothing of the environment, no secrets.
+
+    ``directory`` is where the project lies whose commit is noted; the current one if not given.
+    """
+    from pytest_pocket import __version__
+    from pytest_pocket.registry import tools_hash
+
+    info: dict[str, Any] = {
+        "schema": SCHEMA,
+        "suite": SUITE_VERSION,
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": [os.path.basename(command[0]), *command[1:]] if command else [],
+        "options": dict(options),
+        "seed": seed,
+        "tools_sha256": tools_hash(),
+        "models": {model.name: _model(model) for model in models},
+        "git": _git(directory or Path.cwd()),
+        "versions": {"pytest-pocket": __version__, "python": platform.python_version(), **_versions()},
+        "hardware": _hardware(),
+    }
+    cleaned: dict[str, Any] = without_secrets(info)
+    return cleaned
+
+
+def without_secrets(value: Any) -> Any:
+    """The same data, less what looks like a credential: by its key, by an option's name, or inside a URL."""
+    if isinstance(value, Mapping):
+        return {
+            key: "***" if SECRET.search(str(key)) and isinstance(item, str) else without_secrets(item)
+            for key, item in value.items()
+        }
+    if isinstance(value, list | tuple):
+        return [
+            "***" if _names_secret(before) else without_secrets(item)
+            for before, item in zip(["", *value], value, strict=False)
+        ]
+    if isinstance(value, str):
+        name, equals, _ = value.partition("=")
+        if equals and _names_secret(name):
+            return f"{name}=***"
+        return URL_QUERY.sub(r"\1=***", URL_USER.sub("***@", value))
+    return value
+
+
+def to_line(data: Mapping[str, Any], indent: int | None = None) -> bytes:
+    """Strict JSON in ASCII, whatever the strings hold (lone surrogates too), and a newline."""
+    try:
+        text = json.dumps(data, allow_nan=False, indent=indent)
+    except (TypeError, ValueError, RecursionError):
+        text = json.dumps(_plain(data), allow_nan=False, indent=indent)
+    return text.encode("ascii") + b"\n"
+
+
+def _plain(value: Any, depth: int = 0) -> Any:
+    """The nearest JSON value: what a model wrote as an argument may be NaN, or nested without end."""
+    if depth > NESTING:
+        return "[nested too deeply]"
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item, depth + 1) for key, item in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [_plain(item, depth + 1) for item in value]
+    if value is None or isinstance(value, str | int) or (isinstance(value, float) and math.isfinite(value)):
+        return value
+    return str(value)
+
+
+def _reply(reply: ChatReply) -> dict[str, Any]:
+    data: dict[str, Any] = {
+        "prompt_tokens": reply.prompt_tokens,
+        "completion_tokens": reply.completion_tokens,
+        "finish": reply.finish,
+        "malformed": reply.malformed,
+        "truncated": reply.truncated,
+        "logprob": reply.logprob,
+        "evidence": dict(reply.evidence),
+    }
+    if reply.completion_ids:
+        data |= {"prompt_ids": list(reply.prompt_ids), "completion_ids": list(reply.completion_ids)}
+    return data
+
+
+def _files(states: Mapping[str, FileState]) -> dict[str, dict[str, Any]]:
+    """The final workspace by path.  A file over the caps keeps its beginning, and says how long it was."""
+    files: dict[str, dict[str, Any]] = {}
+    room = EPISODE_BYTES
+    for path, state in sorted(states.items()):
+        kept = state.content[: min(FILE_BYTES, room)]
+        room -= len(kept)
+        data: dict[str, Any] = {"kind": state.kind}
+        try:
+            data["text"] = kept.decode()
+        except UnicodeDecodeError:
+            data["base64"] = base64.b64encode(kept).decode()
+        if len(kept) < len(state.content):
+            data["cut_from_bytes"] = len(state.content)
+        if state.executable:
+            data["executable"] = True
+        files[path] = data
+    return files
+
+
+def _model(model: Model) -> dict[str, Any]:
+    from pytest_pocket.registry import file_hash
+
+    template = Path(model.target, "chat_template.jinja") if model.target else None
+    return {
+        "backend": model.backend,
+        "target": model.target,
+        "adapter": model.adapter,
+        "parent": model.parent,
+        "stage": model.stage,
+        "digest": model.digest,
+        "template_sha256": file_hash(template) if template and template.is_file() else "",
+        "options": dict(model.options),
+    }
+
+
+def _git(directory: Path) -> dict[str, Any]:
+    """The commit of the project, and whether the working tree differs from it; empty outside a repository."""
+
+    def ask(*words: str) -> str:
+        command = ["git", "--no-optional-locks", "-c", "core.fsmonitor=false", "-C", str(directory), *words]
+        done = subprocess.run(command, capture_output=True, timeout=10, check=True)
+        return done.stdout.decode(errors="replace").strip()
+
+    try:
+        return {"commit": ask("rev-parse", "HEAD"), "dirty": bool(ask("status", "--porcelain"))}
+    except (OSError, subprocess.SubprocessError):
+        return {}
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for package in PACKAGES:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[package] = metadata.version(package)
+    return found
+
+
+def _hardware() -> dict[str, Any]:
+    hardware: dict[str, Any] = {
+        "system": f"{platform.system()} {platform.release()}",
+        "machine": platform.machine(),
+        "cpu": _cpu(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+    }
+    with contextlib.suppress(ValueError, OSError):
+        hardware["memory_bytes"] = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    # Importing torch takes seconds, so a GPU is named only where an engine has imported it already.
+    if (torch := sys.modules.get("torch")) is not None and torch.cuda.is_available():
+        hardware["gpus"] = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    return hardware
+
+
+def _cpu() -> str:
+    with contextlib.suppress(OSError):
+        if found := re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE):
+            return found[1]
+    return platform.processor() or platform.machine()
+
+
+def _names_secret(word: Any) -> bool:
+    """Whether a word of a command line is an option whose value is a credential."""
+    return isinstance(word, str) and word.startswith("-") and bool(SECRET.search(word)) and "=" not in word
+
+
+def _unwritable(path: Path, error: OSError) -> RecordsError:
+    reason = error.strerror or str(error)
+    return RecordsError(f"cannot write records to {path}: {reason}; choose another --pocket-records")
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[int]:
+    """The file, open for reading and appending, held by no other thread or process."""
+    file = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield file
+    finally:
+        os.close(file)
+
+
+def _end_of_last_line(file: int) -> int:
+    """The size of the file, once a torn last line, which a killed writer left, is cut off."""
+    end = os.fstat(file).st_size
+    if end == 0 or os.pread(file, 1, end - 1) == b"\n":
+        return end
+    end = os.pread(file, end, 0).rfind(b"\n") + 1
+    os.ftruncate(file, end)
+    return end
+
+
+def _write(file: int, data: bytes) -> None:
+    view = memoryview(data)
+    while view:
+        view = view[os.write(file, view) :]
+
+
+def _replace(path: Path, data: bytes) -> None:
+    """Write a file so that a reader sees the old one or the new one, never a part."""
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            os.fchmod(file.fileno(), 0o644)
+            file.write(data)
+        os.replace(name, path)
+    except BaseException:
+        os.unlink(name)
+        raise
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise RecordsError(f"cannot read {path}: {error.strerror or error}") from error
+
+
+def _object(path: Path, number: int, line: bytes) -> dict[str, Any]:
+    try:
+        value = json.loads(line)
+    except ValueError as error:
+        raise RecordsError(f"line {number} of {path} is not JSON ({error}): mend or remove it") from None
+    if not isinstance(value, dict):
+        raise RecordsError(f"line {number} of {path} holds a {type(value).__name__}, no record: remove it")
+    return value

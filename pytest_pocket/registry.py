@@ -1,0 +1,197 @@
+"""Models: a name bound to a backend, weights, an adapter, its parent and its stage.
+
+A model is found by its registered name or written as ``BACKEND:TARGET``.  Names come from the built-in
+scripted models, the checkpoints that ship, ``[tool.pocket.models.NAME]`` in pyproject.toml, hooks, and any
+directory that holds a checkpoint manifest.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import tomllib
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from pytest_pocket import tools
+from pytest_pocket.chat import Backend
+from pytest_pocket.task import SUITE_VERSION
+
+MANIFEST = "pocket.json"
+Factory = Callable[["Model"], Backend]
+
+
+class ModelError(ValueError):
+    """A model that cannot be had, said in one line: what, the value, what to do."""
+
+
+@dataclass(frozen=True)
+class Model:
+    """One model of the suite.
+
+    ``target`` is what the backend loads (a directory or hub name for ``hf``), ``adapter`` a PEFT directory on
+    top of it, ``digest`` the sha256 of the weights where a manifest gives it.
+    """
+
+    name: str
+    backend: str
+    target: str = ""
+    adapter: str = ""
+    parent: str = ""
+    stage: str = ""
+    digest: str = ""
+    description: str = ""
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def slug(self) -> str:
+        """The name as part of a test id: only letters, digits, "_", "." and inner "-", so that ``-k`` selects it."""
+        return re.sub(r"[^A-Za-z0-9_.-]+", "_", self.name).strip("_.-") or "model"
+
+
+def sha256_json(value: object) -> str:
+    """The hash of a JSON value, whatever the order of its keys."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def tools_hash() -> str:
+    """The hash of the tools' schemas, which checkpoints pin."""
+    return sha256_json(tools.SCHEMAS)
+
+
+def file_hash(path: Path) -> str:
+    """The sha256 of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_manifest(directory: Path) -> Model:
+    """The model that a checkpoint directory holds.  Raises ModelError when the manifest is broken or does not
+    match this suite: a checkpoint is trained for one template and one set of tools."""
+    path = directory / MANIFEST
+    try:
+        manifest = json.loads(path.read_text())
+        name, stage, parent = manifest["name"], manifest["stage"], manifest["parent"]
+        files: dict[str, str] = manifest["files"]
+        pinned = {"suite": manifest["suite"], "tools": manifest["tools_sha256"], "template": manifest["template_sha256"]}
+        adapter_of = manifest.get("adapter_of", "")
+        if not all(isinstance(value, str) for value in (name, stage, parent, adapter_of, *pinned.values(), *files.values())):
+            raise TypeError("every value must be a string")
+    except FileNotFoundError:
+        raise ModelError(f"{directory} holds no {MANIFEST}: give a checkpoint directory, or hf:{directory}") from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ModelError(f"broken manifest {path}: {type(error).__name__}: {error}; train or fetch the checkpoint again") from None
+    for file in files:
+        if "/" in file or file.startswith(".") or not (directory / file).is_file():
+            raise ModelError(f"manifest {path} lists {file!r}, which is not a file beside it; fetch the checkpoint again")
+    template = directory / "chat_template.jinja"
+    actual = {
+        "suite": SUITE_VERSION,
+        "tools": tools_hash(),
+        "template": file_hash(template) if template.is_file() else "no chat_template.jinja",
+    }
+    if different := [f"{key} {pinned[key][:12]} (here {actual[key][:12]})" for key in pinned if pinned[key] != actual[key]]:
+        raise ModelError(
+            f"checkpoint {name!r} in {directory} was made for another suite: {', '.join(different)}; "
+            "train it again, or run it unpinned as hf:PATH"
+        )
+    target, adapter = str(directory), ""
+    if adapter_of:
+        base = (directory / adapter_of).resolve()
+        if not base.is_dir():
+            raise ModelError(f"the base of adapter {name!r} is missing: {base}; put it there, or train {parent!r} first")
+        target, adapter = str(base), str(directory)
+    return Model(
+        name, "hf", target, adapter, parent, stage, sha256_json(files), str(manifest.get("description", ""))
+    )
+
+
+def shipped() -> Path:
+    """The directory of the checkpoints that ship."""
+    return Path(str(resources.files("pytest_pocket.training") / "checkpoints"))
+
+
+def from_checkpoints(directory: Path) -> list[Model]:
+    """The models of every checkpoint in a directory."""
+    return [read_manifest(path.parent) for path in sorted(directory.glob(f"*/{MANIFEST}"))]
+
+
+def from_pyproject(path: Path) -> list[Model]:
+    """The models of ``[tool.pocket.models.NAME]``: keys ``backend`` and ``target``, then as in :class:`Model`."""
+    if not path.is_file():
+        return []
+    try:
+        tables = tomllib.loads(path.read_text()).get("tool", {}).get("pocket", {}).get("models", {})
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ModelError(f"{path} is not TOML: {error}") from None
+    models = []
+    for name, table in tables.items():
+        try:
+            models.append(Model(name=name, **table))
+        except TypeError as error:
+            raise ModelError(f"[tool.pocket.models.{name}] in {path}: {error}") from None
+    return models
+
+
+SCRIPTED = (
+    Model("oracle", "oracle", description="solves every task by its own solution: the suite's upper bound"),
+    Model("noop", "noop", description="answers without acting: the suite's lower bound"),
+)
+
+
+def _hf(model: Model) -> Backend:
+    from pytest_pocket.backends.hf import HFBackend
+
+    return HFBackend(model.target, adapter=model.adapter or None, **model.options)
+
+
+def _oracle(model: Model) -> Backend:
+    from pytest_pocket.backends.scripted import OracleBackend
+
+    return OracleBackend()
+
+
+def _noop(model: Model) -> Backend:
+    from pytest_pocket.backends.scripted import NoopBackend
+
+    return NoopBackend()
+
+
+class Registry:
+    """All models and backends that one session knows.  A later registration of a name replaces an earlier one."""
+
+    def __init__(self, models: Iterable[Model] = (), backends: Mapping[str, Factory] = {}) -> None:
+        self.backends: dict[str, Factory] = {"hf": _hf, "oracle": _oracle, "noop": _noop, **backends}
+        self.models = {model.name: model for model in (*SCRIPTED, *from_checkpoints(shipped()), *models)}
+
+    def resolve(self, name: str) -> Model:
+        """The model of a registered name, of ``BACKEND:TARGET``, or of a checkpoint directory.
+
+        Raises ModelError that names the models there are.
+        """
+        if model := self.models.get(name):
+            return self._known(model)
+        backend, colon, target = name.partition(":")
+        if colon and backend in self.backends and target:
+            return Model(name, backend, target)
+        if (Path(name) / MANIFEST).is_file():
+            return self._known(read_manifest(Path(name)))
+        raise ModelError(
+            f"unknown model {name!r}: choose from {', '.join(self.models)}, "
+            f"or write {', '.join(f'{backend}:...' for backend in self.backends if backend not in ('oracle', 'noop'))}"
+        )
+
+    def build(self, model: Model) -> Backend:
+        """The engine of a model, loaded.  Raises ModelError."""
+        return self.backends[model.backend](model)
+
+    def _known(self, model: Model) -> Model:
+        if model.backend not in self.backends:
+            raise ModelError(
+                f"model {model.name!r} wants the backend {model.backend!r}: choose from {', '.join(self.backends)}"
+            )
+        return model

@@ -1,0 +1,330 @@
+"""The report: the table that closes a session, from one row of plain values an episode.
+
+A row has ``model backend task group prompt think temperature best_of run sample seed reward outcome stop
+turns prompt_tokens completion_tokens seconds``, and optionally ``unseen``: what pytest keeps as properties of
+a test, and what :func:`rows` makes of records.  Names come from users and are treated as hostile: nothing
+in them can style, move or break a line.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import textwrap
+import unicodedata
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Literal, get_args
+
+from rich import box
+from rich.cells import cell_len
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from pytest_pocket import statistics
+from pytest_pocket.episode import INVALID, Ending
+from pytest_pocket.task_list import GROUPS
+
+Value = str | int | float
+Row = Mapping[str, Value]
+Cells = list[str]
+
+LEDGER: tuple[str, ...] = get_args(Ending)
+SUBJECT = ("model", "think", "temperature", "best_of")
+"""What makes a line of the table; the prompts are its columns."""
+GAP = ("raw", "full")
+
+
+def render(rows: Sequence[Row], width: int, *, ascii_only: bool = False) -> str:
+    """The session's table, the failure ledger and what they mean, as plain text without colour codes.
+
+    A table is wider than ``width`` where the names are long: nothing is cut or folded.
+    """
+    if not rows:
+        return "no episodes\n"
+    return "\n".join(
+        [
+            _text_table(_scores(rows), width, ascii_only),
+            _text_table(_ledger(rows), width, ascii_only),
+            *(textwrap.fill(_ascii(note) if ascii_only else note, max(width, 40)) for note in _notes(rows)),
+            "",
+        ]
+    )
+
+
+def tasks(rows: Sequence[Row], width: int, *, ascii_only: bool = False) -> str:
+    """The mean reward by task, a column for each model and condition, and over seen and unseen kinds."""
+    if not rows:
+        return "no episodes\n"
+    return _text_table(_by_task(rows), width, ascii_only)
+
+
+def markdown(rows: Sequence[Row]) -> str:
+    """The same as :func:`render`, for a README."""
+    if not rows:
+        return "no episodes\n"
+    parts = [
+        _markdown_table(_scores(rows)),
+        _markdown_table(_ledger(rows)),
+        "\n\n".join(map(_quoted, _notes(rows))),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def rows(records: Iterable[Mapping[str, Any]]) -> list[dict[str, Value]]:
+    """The rows of records: the chosen episodes, with the tokens and seconds of all their candidates."""
+    spent: dict[tuple[object, ...], Counter[str]] = {}
+    found = []
+    for record in records:
+        cell = tuple(record[key] for key in (*SUBJECT, "prompt", "task", "run", "sample"))
+        replies = record["replies"]
+        cost = spent.setdefault(cell, Counter())
+        cost["prompt_tokens"] += sum(reply["prompt_tokens"] for reply in replies)
+        cost["completion_tokens"] += sum(reply["completion_tokens"] for reply in replies)
+        cost["seconds"] += record["seconds"]
+        if record["chosen"]:
+            found.append((cell, record))
+    return [_row(record, spent[cell]) for cell, record in found]
+
+
+def _row(record: Mapping[str, Any], cost: Mapping[str, Value]) -> dict[str, Value]:
+    same = ("model", "backend", "task", "group", "prompt", "temperature", "best_of", "run", "sample", "seed")
+    return {
+        **{key: record[key] for key in same},
+        "think": "on" if record["think"] else "off",
+        "reward": record["reward"] or 0.0,
+        "outcome": record["outcome"],
+        "stop": record["stop"],
+        "turns": len(record["replies"]),
+        "unseen": ",".join(record["unseen"]),
+        **cost,
+    }
+
+
+def printable(value: object) -> str:
+    """A user's text on one line, with every control, format and unassigned character replaced by "?"."""
+    return "".join(map(_printable, str(value)))
+
+
+def _printable(char: str) -> str:
+    category = unicodedata.category(char)
+    if char in "\t\n\r" or category in ("Zl", "Zp"):
+        return " "
+    return "?" if category.startswith("C") else char
+
+
+class _Grid:
+    """A table before it has a look: rows of cells, in which a newline separates two lines of one cell."""
+
+    def __init__(self, title: str, head: Cells, left: int) -> None:
+        self.title = title
+        self.head = head
+        self.left = left  # how many columns, from the first, hold text
+        self.lines: list[Cells] = []
+
+
+def _subjects(rows: Sequence[Row]) -> dict[tuple[str, ...], list[Row]]:
+    """The rows of each model and condition but the prompt: models as they come, conditions sorted."""
+    models = list(dict.fromkeys(row["model"] for row in rows))
+    keys = {(models.index(row["model"]), *_condition(row)): row for row in rows}
+    ordered = sorted(keys)
+    return {
+        (printable(models[key[0]]), _asked(keys[key])): [
+            row for row in rows if (models.index(row["model"]), *_condition(row)) == key
+        ]
+        for key in ordered
+    }
+
+
+def _condition(row: Row) -> tuple[bool, float, int]:
+    return _thinks(row), float(row["temperature"]), int(row["best_of"])
+
+
+def _thinks(row: Row) -> bool:
+    return str(row["think"]) in ("on", "True", "1", "true")
+
+
+def _asked(row: Row) -> str:
+    """The condition, but for the prompt, in words."""
+    think, temperature, best_of = _condition(row)
+    words = ["think" if think else "no-think", f"t {temperature:g}"]
+    return ", ".join([*words, f"best of {best_of}"] if best_of > 1 else words)
+
+
+def _prompts(rows: Iterable[Row]) -> list[str]:
+    return list(dict.fromkeys(str(row["prompt"]) for row in rows))
+
+
+def _valid(rows: Iterable[Row]) -> list[Row]:
+    return [row for row in rows if row["outcome"] not in INVALID]
+
+
+def _reward(row: Row) -> float:
+    return float(row["reward"])
+
+
+def _passed(row: Row) -> float:
+    return float(row["outcome"] == "passed")
+
+
+METRICS: tuple[tuple[str, Callable[[Row], float]], ...] = (("reward", _reward), ("pass@1", _passed))
+
+
+def _scores(rows: Sequence[Row]) -> _Grid:
+    prompts = _prompts(rows)
+    gap = set(GAP) <= set(prompts)
+    named = [printable(prompt) for prompt in prompts]
+    head = ["model", "", *named, *(["full - raw"] if gap else []), "n", "invalid"]
+    grid = _Grid("mean reward and pass@1, ± 95% over tasks", head, left=2)
+    for (model, asked), mine in _subjects(rows).items():
+        columns = []
+        for prompt in prompts:
+            part = _valid(row for row in mine if row["prompt"] == prompt)
+            columns.append("\n".join(_estimated(_mean(part, metric)) for _, metric in METRICS))
+        if gap:
+            columns.append("\n".join(_estimated(_gap(mine, metric), sign="+") for _, metric in METRICS))
+        invalid = len(mine) - len(_valid(mine))
+        names = "\n".join(name for name, _ in METRICS)
+        grid.lines.append([f"{model}\n{asked}", names, *columns, str(len(mine)), str(invalid)])
+    return grid
+
+
+def _mean(rows: Iterable[Row], metric: Callable[[Row], float]) -> statistics.Estimate | None:
+    values: dict[str, list[float]] = {}
+    for row in rows:
+        values.setdefault(str(row["task"]), []).append(metric(row))
+    return statistics.mean(values) if values else None
+
+
+def _gap(rows: Iterable[Row], metric: Callable[[Row], float]) -> statistics.Estimate | None:
+    """What the full prompt adds to raw, over the instances that both attempted and neither lost."""
+    sides: dict[str, dict[tuple[str, object], float]] = {prompt: {} for prompt in GAP}
+    for row in _valid(rows):
+        if row["prompt"] in GAP:
+            sides[str(row["prompt"])][str(row["task"]), (row["run"], row["sample"])] = metric(row)
+    return statistics.paired(*sides.values())
+
+
+def _estimated(estimate: statistics.Estimate | None, sign: str = "") -> str:
+    if estimate is None:
+        return "-"
+    value = f"{estimate.value:{sign}.3f}"
+    return value if math.isnan(estimate.half) else f"{value} ± {estimate.half:.3f}"
+
+
+def _ledger(rows: Sequence[Row]) -> _Grid:
+    """How the episodes of each model ended, by prompt."""
+    seen = {str(row["outcome"]) for row in rows}
+    outcomes = [name for name in LEDGER if name in seen or name in ("passed", "wrong")]
+    outcomes += sorted(map(printable, seen - set(LEDGER)))
+    grid = _Grid("how the episodes ended", ["model", "prompt", *outcomes], left=2)
+    for (model, asked), mine in _subjects(rows).items():
+        prompts = _prompts(mine)
+        counts = [
+            Counter(printable(row["outcome"]) for row in mine if row["prompt"] == prompt)
+            for prompt in prompts
+        ]
+        columns = ["\n".join(str(count[outcome]) for count in counts) for outcome in outcomes]
+        grid.lines.append([f"{model}\n{asked}", "\n".join(map(printable, prompts)), *columns])
+    return grid
+
+
+def _notes(rows: Sequence[Row]) -> list[str]:
+    """What the numbers above mean, and what may not be concluded from them."""
+    count = len({row["task"] for row in _valid(rows)})
+    notes = []
+    if count > 1:
+        notes.append(
+            f"Means over {count} tasks, each counting the same. ± is the 95% interval for tasks in general "
+            f"(Student's t over task means, {count - 1} degrees of freedom), not for these tasks alone."
+        )
+    elif count == 1:
+        notes.append("One task says nothing of tasks in general: no interval is given.")
+    if found := _smallest_differences(rows):
+        extent = " to ".join(dict.fromkeys(f"{difference:.3f}" for difference in (min(found), max(found))))
+        notes.append(
+            f"Smallest full - raw difference in reward that this design finds 4 times in 5: {extent}."
+        )
+    invalid = len(rows) - len(_valid(rows))
+    if invalid:
+        share = f"{invalid} of {len(rows)} episodes ({invalid / len(rows):.1%}) are invalid and in no mean"
+        ranked = "the models are not ranked" if invalid / len(rows) > statistics.INVALID_SHARE else ""
+        notes.append("; ".join(filter(None, [share, ranked])) + ".")
+    return notes
+
+
+def _smallest_differences(rows: Sequence[Row]) -> list[float]:
+    gaps = [_gap(mine, _reward) for mine in _subjects(rows).values()]
+    return [smallest for gap in gaps if gap and (smallest := statistics.smallest_difference(gap)) > 0]
+
+
+def _by_task(rows: Sequence[Row]) -> _Grid:
+    """Mean rewards by task, in the order of the groups, then over seen and unseen kinds."""
+    columns = [
+        (f"{model}\n{asked}\n{printable(prompt)}", [row for row in mine if row["prompt"] == prompt])
+        for (model, asked), mine in _subjects(rows).items()
+        for prompt in _prompts(mine)
+    ]
+    grid = _Grid("mean reward by task", ["group", "task", *(head for head, _ in columns)], left=2)
+    for group, task in sorted({(str(row["group"]), str(row["task"])) for row in rows}, key=_place):
+        means = [_plain_mean(row for row in mine if row["task"] == task) for _, mine in columns]
+        grid.lines.append([printable(group), printable(task), *means])
+    if any("unseen" in row for row in rows):
+        for name, wanted in (("seen", False), ("unseen", True)):
+            parts = [[row for row in mine if bool(row.get("unseen")) is wanted] for _, mine in columns]
+            grid.lines.append(
+                ["all", f"{name} kinds", *(_estimated(_mean(_valid(part), _reward)) for part in parts)]
+            )
+    return grid
+
+
+def _place(task: tuple[str, str]) -> tuple[int, str, str]:
+    group, name = task
+    return GROUPS.index(group) if group in GROUPS else len(GROUPS), group, name
+
+
+def _plain_mean(rows: Iterable[Row]) -> str:
+    rewards = [_reward(row) for row in _valid(rows)]
+    return f"{sum(rewards) / len(rewards):.2f}" if rewards else "-"
+
+
+def _text_table(grid: _Grid, width: int, ascii_only: bool) -> str:
+    look = box.ASCII_DOUBLE_HEAD if ascii_only else box.SIMPLE_HEAD
+    shown = _ascii if ascii_only else str
+    table = Table(
+        title=Text(shown(grid.title)), title_justify="left", box=look, show_edge=False, pad_edge=False
+    )
+    for index, name in enumerate(grid.head):
+        # Nothing folds: a number or a name broken over two lines would be read as another one.
+        longest = max(
+            cell_len(part) for line in (grid.head, *grid.lines) for part in shown(line[index]).split("\n")
+        )
+        justify: Literal["left", "right"] = "left" if index < grid.left else "right"
+        table.add_column(Text(shown(name)), justify=justify, no_wrap=True, min_width=longest)
+    for line in grid.lines:
+        table.add_row(*(Text(shown(cell)) for cell in line))
+    out = io.StringIO()
+    needed = Console(file=out, width=10_000).measure(table).minimum
+    console = Console(file=out, width=max(width, needed), color_system=None, force_terminal=False)
+    console.print(table)
+    return "\n".join(line.rstrip() for line in out.getvalue().splitlines()) + "\n"
+
+
+def _markdown_table(grid: _Grid) -> str:
+    def line(cells: Iterable[str]) -> str:
+        return "| " + " | ".join(_quoted(cell).replace("\n", "<br>") for cell in cells) + " |"
+
+    rule = ["---"] * grid.left + ["--:"] * (len(grid.head) - grid.left)
+    return "\n".join([line(grid.head), f"| {' | '.join(rule)} |", *map(line, grid.lines)])
+
+
+def _quoted(text: str) -> str:
+    """Text that Markdown and HTML show as it is."""
+    for char, entity in (("&", "&amp;"), ("<", "&lt;"), (">", "&gt;")):
+        text = text.replace(char, entity)
+    return "".join(f"\\{char}" if char in "\\`*_[]|~#!" else char for char in text)
+
+
+def _ascii(text: str) -> str:
+    return text.replace("±", "+/-").encode("ascii", "replace").decode()

@@ -1,0 +1,416 @@
+"""The default sandbox: one ``bwrap`` an episode, which stays open for all its calls.
+
+Inside, process 1 is a bash loop, the agent: it reads a call's number, runs its script in a child, kills every
+other process, and only then reports the status.  The scripts lie in a host directory that is mounted read-only;
+output leaves through a pipe; the final files are read through a directory descriptor of the workspace.  Nothing
+on the host can be written from inside.
+
+The agent runs from a copy of bash that nobody may read: the kernel then lets no process of the same user trace
+it, touch its memory or open its pipes through ``/proc/1/fd``, so a status cannot be forged.
+
+Not covered: attacks on the kernel, and the memory that kernel objects take (inodes, pipe buffers), for
+which a container with a memory limit is the better provider.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import json
+import os
+import platform
+import re
+import select
+import shutil
+import signal
+import subprocess
+import tempfile
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+
+from pytest_pocket.sandbox import CommandResult, FileState, Limits, SandboxError, SandboxUnavailable, tree
+
+# Any signal that bash handles would end it, or the wait for a call: from inside, all of them end the call.
+AGENT = """
+umask 022
+trap 'kill -9 -1' {1..8} {10..16} {21..31}
+echo ready
+while read -r call input; do
+    IFS= read -r -d '' script <"/run/pocket/$call"
+    (exec bash -c "$script" bash) <"$input" >&3 2>&1 3>&- &
+    wait $!
+    status=$?
+    while kill -9 -1; do :; done
+    echo "$call $status"
+done
+"""
+ENVIRONMENT = {
+    "PATH": "/usr/local/bin:/usr/bin:/bin",
+    "HOME": "/workspace",
+    "LANG": "C.UTF-8",
+    "TZ": "UTC",
+    "PYTHONDONTWRITEBYTECODE": "1",
+    "PYTHONHASHSEED": "0",
+    "GIT_CONFIG_NOSYSTEM": "1",
+}
+ACCOUNTS = {
+    "/etc/passwd": "root:x:0:0::/root:/bin/bash\npocket:x:1000:1000::/workspace:/bin/bash\n",
+    "/etc/group": "root:x:0:\npocket:x:1000:\n",
+}
+NOBODY = 65534
+START_SECONDS = 20.0
+KILL_SECONDS = 5.0
+WATCH_SECONDS = 0.1
+TIMED_OUT = 124
+OUT_OF_MEMORY = 137
+
+
+@cache
+def _arguments() -> tuple[str, ...]:
+    """The part of the command line that is the same for every sandbox of this machine."""
+    words = ["--unshare-user", "--unshare-ipc", "--unshare-pid", "--unshare-net", "--unshare-uts"]
+    words += ["--unshare-cgroup-try", "--die-with-parent", "--new-session", "--as-pid-1"]
+    words += ["--uid", "1000", "--gid", "1000", "--hostname", "pocket", "--cap-drop", "ALL", "--clearenv"]
+    for name, value in ENVIRONMENT.items():
+        words += ["--setenv", name, value]
+    words += ["--ro-bind", "/usr", "/usr"]
+    for path in ("/bin", "/sbin", "/lib", "/lib32", "/lib64"):
+        if os.path.islink(path):
+            words += ["--symlink", os.readlink(path), path]
+        elif os.path.isdir(path):
+            words += ["--ro-bind", path, path]
+    for path in ("/etc/alternatives", "/etc/ld.so.cache"):
+        words += ["--ro-bind-try", path, path]
+    return (*words, "--proc", "/proc", "--dev", "/dev", "--size", str(2**24), "--tmpfs", "/dev/shm")
+
+
+@cache
+def _spawner(pid: int) -> ThreadPoolExecutor:
+    """The thread that starts every sandbox of this process.
+
+    ``--die-with-parent`` follows the *thread* that started bwrap, so this must be one that lives on.
+    """
+    return ThreadPoolExecutor(1, "pocket-sandbox")
+
+
+@cache
+def _counts_processes_by_namespace() -> bool:
+    """Whether RLIMIT_NPROC counts the processes of one sandbox; before Linux 5.14, all those of the user."""
+    release = re.match(r"(\d+)\.(\d+)", platform.release())
+    return release is not None and tuple(map(int, release.groups())) >= (5, 14)
+
+
+@cache
+def _agent(pid: int) -> str:
+    """A copy of bash that can be run and not read, for as long as this process lives."""
+    folder = tempfile.mkdtemp(prefix="pocket-agent-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    path = os.path.join(folder, "agent")
+    shutil.copyfile(shutil.which("bash") or "/bin/bash", path)
+    os.chmod(path, 0o111)
+    os.chmod(folder, 0o755)
+    return path
+
+
+def _memory_file(text: str) -> int:
+    """An open file that holds the text and has no name."""
+    file = os.memfd_create("pocket")
+    data = memoryview(text.encode())
+    while data:
+        data = data[os.write(file, data) :]
+    os.lseek(file, 0, os.SEEK_SET)
+    return file
+
+
+class BubblewrapSandbox:
+    """One open workspace.  See :class:`pytest_pocket.sandbox.Sandbox`."""
+
+    def __init__(self, files: Mapping[str, str], limits: Limits) -> None:
+        self.limits = limits
+        self._calls = 0
+        self._closed = self._freed = False
+        self._busy = threading.RLock()
+        self._gate = threading.Lock()
+        with contextlib.ExitStack() as cleanup:
+            self._folder = tempfile.mkdtemp(prefix="pocket-")
+            cleanup.callback(shutil.rmtree, self._folder, ignore_errors=True)
+            if os.geteuid() == 0:
+                os.chmod(self._folder, 0o755)
+            self._start(files, cleanup)
+            self._free = cleanup.pop_all()
+
+    def _start(self, files: Mapping[str, str], cleanup: contextlib.ExitStack) -> None:
+        info, info_writer = os.pipe()
+        cleanup.callback(os.close, info)
+        given = {"": info_writer}
+        try:
+            for path, text in files.items():
+                given[f"/workspace/{tree.relative(path)}"] = _memory_file(text)
+            for path, text in ACCOUNTS.items():
+                given[path] = _memory_file(text)
+            command = self._command(given, files)
+            start = _spawner(os.getpid()).submit(
+                subprocess.Popen,
+                command,
+                bufsize=0,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                pass_fds=tuple(given.values()),
+                env={},
+            )
+            process: subprocess.Popen[bytes] = start.result()
+        except OSError as error:
+            raise SandboxError(f"cannot start bwrap: {error}") from error
+        finally:
+            for descriptor in given.values():
+                os.close(descriptor)
+        assert process.stdin
+        assert process.stdout
+        assert process.stderr
+        self._agent_in, self._agent_out, self._output = process.stdin, process.stdout, process.stderr
+        cleanup.callback(self._reap, process)
+        os.set_blocking(self._agent_out.fileno(), False)
+        os.set_blocking(self._output.fileno(), False)
+        if os.geteuid() == 0:
+            # Otherwise `> /dev/stderr`, which opens the pipe anew, is refused.
+            os.fchown(self._output.fileno(), NOBODY, NOBODY)
+        self._await_ready()
+        pid = int(json.loads(os.read(info, 4096))["child-pid"])
+        self._agent = os.pidfd_open(pid)
+        cleanup.callback(os.close, self._agent)
+        cleanup.callback(self._kill)
+        flags = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
+        self._workspace = os.open(f"/proc/{pid}/root/workspace", flags)
+        cleanup.callback(os.close, self._workspace)
+        self._proc = os.open(f"/proc/{pid}/root/proc", flags)
+        cleanup.callback(os.close, self._proc)
+        with contextlib.suppress(OSError), open(f"/proc/{pid}/oom_score_adj", "w") as file:
+            file.write("1000")
+
+    def _command(self, given: Mapping[str, int], files: Mapping[str, str]) -> list[str]:
+        size = str(self.limits.workspace_bytes)
+        words = [shutil.which("bwrap") or "bwrap", *_arguments(), "--info-fd", str(given[""])]
+        words += ["--ro-bind", _agent(os.getpid()), "/run/agent", "--ro-bind", self._folder, "/run/pocket"]
+        words += ["--size", size, "--tmpfs", "/workspace", "--size", size, "--tmpfs", "/tmp"]
+        scripts = {f"/workspace/{tree.relative(path)}" for path, text in files.items() if text.startswith("#!")}
+        for path, descriptor in given.items():
+            if path:
+                words += ["--perms", "0755" if path in scripts else "0644", "--file", str(descriptor), path]
+        words += ["--remount-ro", "/dev", "--remount-ro", "/", "--chdir", "/workspace"]
+        words += ["/run/agent", "--norc", "--noprofile", "-c", self._ulimits() + AGENT]
+        if os.geteuid() == 0:
+            # The kernel does not limit the processes of root, and root cannot write to the sandbox's tmpfs.
+            identity = [f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups"]
+            words = [shutil.which("setpriv") or "setpriv", *identity, *words]
+        return words
+
+    def _await_ready(self) -> None:
+        deadline = time.monotonic() + START_SECONDS
+        said = b""
+        while not said.endswith(b"ready\n"):
+            if not select.select([self._agent_out], [], [], max(0.0, deadline - time.monotonic()))[0]:
+                raise SandboxError(f"bwrap was not ready after {START_SECONDS:g} s")
+            part = self._agent_out.read(64)
+            if not part:
+                message = (self._output.read(4096) or b"").decode(errors="replace").strip()
+                raise SandboxError(f"bwrap did not start: {message or 'it said nothing'}")
+            said += part
+
+    def _ulimits(self) -> str:
+        """The agent's first commands; what it starts inherits these limits.  Values over a hard limit change nothing."""
+        limits = self.limits
+        kib = {"v": limits.memory_bytes, "f": limits.workspace_bytes, "l": 0, "c": 0}
+        values = {letter: size // 1024 for letter, size in kib.items()} | {"t": limits.cpu_seconds, "n": 256}
+        if _counts_processes_by_namespace():
+            values["u"] = limits.processes
+        return "exec 3>&2 2>/dev/null\n" + "".join(f"ulimit -{letter} {value}\n" for letter, value in values.items())
+
+    def run(self, script: str, *, stdin: bytes = b"", seconds: float | None = None) -> CommandResult:
+        """Run a bash script in the workspace root."""
+        if "\0" in script:
+            raise ValueError("a script cannot contain a NUL byte")
+        with self._busy:
+            self._check_open()
+            self._calls += 1
+            with self._given(script.encode(), stdin) as frame:
+                try:
+                    self._agent_in.write(frame)
+                except BrokenPipeError:
+                    raise self._broken() from None
+                return self._await_end(self.limits.call_seconds if seconds is None else seconds)
+
+    @contextlib.contextmanager
+    def _given(self, script: bytes, stdin: bytes) -> Iterator[bytes]:
+        """The call's files on the host side, while it runs, and the line that tells the agent."""
+        names = {str(self._calls): script}
+        if stdin:
+            names[f"{self._calls}.in"] = stdin
+        paths = [os.path.join(self._folder, name) for name in names]
+        try:
+            for path, data in zip(paths, names.values(), strict=True):
+                with open(path, "wb") as file:
+                    os.fchmod(file.fileno(), 0o644)
+                    file.write(data)
+            yield f"{self._calls} {f'/run/pocket/{self._calls}.in' if stdin else '/dev/null'}\n".encode()
+        finally:
+            for path in paths:
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(path)
+
+    def _await_end(self, seconds: float) -> CommandResult:
+        """Collect output until the agent reports the end, which a deadline, or too much memory or output, brings."""
+        start = time.monotonic()
+        forced: int | None = None
+        timed_out = cut = False
+        ended = b""
+        chunks: list[bytes] = []
+        room = self.limits.output_bytes
+        pause = next_look = start + WATCH_SECONDS
+        give_up = start + seconds + KILL_SECONDS
+        poll = select.poll()
+        poll.register(self._agent_out, select.POLLIN)
+        poll.register(self._output, select.POLLIN)
+        while not ended.endswith(b"\n"):
+            now = time.monotonic()
+            if now >= give_up:
+                self._kill()
+                raise SandboxError(f"the sandbox did not end a call within {KILL_SECONDS:g} s of its deadline")
+            if forced is None and now >= start + seconds:
+                forced, timed_out = TIMED_OUT, True
+            if now >= next_look:
+                if forced is None and self._memory() > self.limits.memory_bytes:
+                    forced = OUT_OF_MEMORY
+                next_look = now + WATCH_SECONDS
+            if forced is not None and now >= pause:
+                # Again and again, because a signal just before bash begins to wait would go unnoticed.
+                self._signal(signal.SIGUSR1)
+                pause = now + 0.05
+            until = min(next_look, start + seconds if forced is None else pause)
+            ready = dict(poll.poll(max(1, (until - now) * 1000)))
+            if self._output.fileno() in ready:
+                part = self._output.read(2**16) or b""
+                chunks.append(part[:room])
+                cut = cut or len(part) > room
+                room -= len(chunks[-1])
+                if cut and forced is None:
+                    forced, give_up, pause = OUT_OF_MEMORY, now + KILL_SECONDS, now
+            if self._agent_out.fileno() in ready:
+                part = self._agent_out.read(64) or b""
+                if not part:
+                    raise self._broken()
+                ended += part
+        number, _, status = ended.decode(errors="replace").strip().partition(" ")
+        if number != str(self._calls) or not status.isdigit():
+            self._kill()
+            raise SandboxError(f"the sandbox answered {ended!r} to call {self._calls}")
+        while part := self._output.read(2**16):
+            chunks.append(part[:room])
+            cut = cut or len(part) > room
+            room -= len(chunks[-1])
+        return CommandResult(int(status) if forced is None else forced, b"".join(chunks), timed_out, cut)
+
+    def _memory(self) -> int:
+        """Bytes of memory of all processes inside: RLIMIT_AS bounds each one only."""
+        total = 0
+        for name in os.listdir(self._proc):
+            if name.isdigit():
+                with contextlib.suppress(OSError):
+                    status = os.open(f"{name}/status", os.O_RDONLY | os.O_CLOEXEC, dir_fd=self._proc)
+                    with open(status) as file:
+                        text = file.read()
+                    total += sum(int(kib) for kib in re.findall(r"Rss(?:Anon|Shmem):\s+(\d+)", text)) * 1024
+        return total
+
+    def snapshot(self) -> Mapping[str, FileState]:
+        """Every file of the workspace.  Between calls only the agent is alive, so nothing moves."""
+        with self._busy:
+            self._check_open()
+            try:
+                return tree.read(self._workspace, self.limits.workspace_bytes)
+            except OSError as error:
+                raise SandboxError(f"cannot read the workspace: {error}") from error
+
+    def close(self) -> None:
+        """Kill what is inside and free everything."""
+        self._closed = True
+        with self._gate:
+            # Once freed, the descriptor's number may be that of another sandbox's agent.
+            if not self._freed:
+                self._kill()
+        with self._busy, self._gate:
+            self._freed = True
+            self._free.close()
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise SandboxError("the sandbox is closed")
+
+    def _broken(self) -> SandboxError:
+        return SandboxError("the sandbox was closed" if self._closed else "the sandbox died during a call")
+
+    def _signal(self, number: signal.Signals) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            signal.pidfd_send_signal(self._agent, number)
+
+    def _kill(self) -> None:
+        """Kill the agent; the kernel kills all others of its namespace before it lets the agent go."""
+        self._signal(signal.SIGKILL)
+
+    def _reap(self, process: subprocess.Popen[bytes]) -> None:
+        """Wait until bwrap and the agent are gone: only then does their end of the pipe close."""
+        self._agent_in.close()
+        deadline = time.monotonic() + KILL_SECONDS
+        alive = True
+        while alive and select.select([self._agent_out], [], [], max(0.0, deadline - time.monotonic()))[0]:
+            alive = bool(self._agent_out.read(4096))
+        if alive:
+            process.kill()
+        process.wait()
+        self._agent_out.close()
+        self._output.close()
+
+
+class BubblewrapProvider:
+    """Sandboxes made with bubblewrap, on Linux, without privileges."""
+
+    name = "bwrap"
+
+    def probe(self) -> None:
+        """Open a sandbox and look for what the tasks use.  Raises SandboxUnavailable."""
+        if shutil.which("bwrap") is None:
+            raise SandboxUnavailable("bwrap is not installed: `apt install bubblewrap`, or use --pocket-sandbox=docker")
+        if os.geteuid() == 0 and shutil.which("setpriv") is None:
+            raise SandboxUnavailable("setpriv, which root needs, is not installed: `apt install util-linux`")
+        try:
+            sandbox = self.open({"probe": "ok\n"})
+        except SandboxError as error:
+            raise SandboxUnavailable(f"bwrap does not work here: {error}. {_advice(str(error))}") from error
+        try:
+            found = sandbox.run('cat probe; for c in git python3 grep; do "$c" --version >/dev/null 2>&1 || echo "$c"; done')
+        except SandboxError as error:
+            raise SandboxUnavailable(f"bwrap does not work here: {error}") from error
+        finally:
+            sandbox.close()
+        if found.output != b"ok\n":
+            missing = " ".join(found.output.decode(errors="replace").split()[1:])
+            raise SandboxUnavailable(f"not usable inside the sandbox: {missing}; `apt install {missing}` puts it in /usr")
+
+    def open(self, files: Mapping[str, str], limits: Limits = Limits()) -> BubblewrapSandbox:
+        """A fresh workspace."""
+        return BubblewrapSandbox(files, limits)
+
+
+def _advice(message: str) -> str:
+    """What to do about a failure of bwrap to start."""
+    if re.search(r"uid map|namespace|Operation not permitted|RTM_NEWADDR|Permission denied", message):
+        return (
+            "Unprivileged user namespaces seem to be forbidden: on Ubuntu 24.04 "
+            "`sudo sysctl kernel.apparmor_restrict_unprivileged_userns=0`, elsewhere "
+            "`sudo sysctl kernel.unprivileged_userns_clone=1`, in a container run it with "
+            "--security-opt seccomp=unconfined; or use --pocket-sandbox=docker"
+        )
+    return "Use --pocket-sandbox=docker instead"

@@ -1,0 +1,262 @@
+"""The second provider: one Docker or Podman container an episode, for machines where bubblewrap cannot run.
+
+Slower to start than bubblewrap, but it works on macOS and Windows, and its memory limit covers the whole
+sandbox.  Calls go through ``exec``; the final files through a tar stream, which is read, never extracted.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import secrets
+import select
+import shutil
+import subprocess
+import tarfile
+import threading
+import time
+from collections.abc import Mapping
+
+from pytest_pocket.sandbox import CommandResult, FileState, Limits, SandboxError, SandboxUnavailable, tree
+
+DEFAULT_IMAGE = "python:3.11"
+"""Needs bash, git, python3 and tar.  The environment variable POCKET_SANDBOX_IMAGE names another."""
+ENVIRONMENT = {
+    "HOME": "/workspace",
+    "LANG": "C.UTF-8",
+    "TZ": "UTC",
+    "PYTHONDONTWRITEBYTECODE": "1",
+    "PYTHONHASHSEED": "0",
+    "GIT_CONFIG_NOSYSTEM": "1",
+}
+START_SECONDS = 120.0
+KILL_SECONDS = 10.0
+TIMED_OUT = 124
+TOO_MUCH_OUTPUT = 137
+# Process 1 needs no process to do it: it can end a fork bomb that leaves no room for another `exec`.
+INIT = "trap 'kill -9 -1 2>/dev/null' USR1; while :; do sleep 1000 & wait $!; done"
+# Spares process 1, and the shell that does this.
+KILL_OTHERS = "kill -9 -1 2>/dev/null; :"
+
+
+def image() -> str:
+    """The image that containers are made from."""
+    return os.environ.get("POCKET_SANDBOX_IMAGE") or DEFAULT_IMAGE
+
+
+def start_command(engine: str, name: str, limits: Limits) -> list[str]:
+    """The command line that starts a container which waits for calls."""
+    # Podman would copy what the image has there, owner and mode included.
+    size = f"{limits.workspace_bytes},mode=1777" + (",notmpcopyup" if os.path.basename(engine) == "podman" else "")
+    words = [engine, "run", "--detach", "--rm", "--name", name, "--network", "none", "--read-only"]
+    words += ["--user", "1000:1000", "--cap-drop", "ALL", "--security-opt", "no-new-privileges"]
+    words += ["--pids-limit", str(limits.processes), "--ulimit", f"cpu={limits.cpu_seconds}", "--ulimit", "core=0"]
+    words += ["--memory", str(limits.memory_bytes), "--memory-swap", str(limits.memory_bytes)]
+    words += ["--tmpfs", f"/workspace:rw,exec,nosuid,nodev,size={size}"]
+    words += ["--tmpfs", f"/tmp:rw,exec,nosuid,nodev,size={size}"]
+    words += ["--workdir", "/workspace", "--entrypoint", "bash"]
+    for key, value in ENVIRONMENT.items():
+        words += ["--env", f"{key}={value}"]
+    return [*words, image(), "-c", INIT]
+
+
+def packed(files: Mapping[str, str]) -> bytes:
+    """The files as a tar archive."""
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as archive:
+        for path, text in files.items():
+            data = text.encode()
+            member = tarfile.TarInfo(str(tree.relative(path)))
+            member.size, member.mtime = len(data), int(time.time())
+            member.mode = 0o755 if text.startswith("#!") else 0o644
+            archive.addfile(member, io.BytesIO(data))
+    return buffer.getvalue()
+
+
+def unpacked(archive: bytes, max_bytes: int) -> dict[str, FileState]:
+    """The files of a tar archive that nobody vouches for.  Raises SandboxError when it is broken.
+
+    Nothing is written anywhere: names are only keys, links are only text.
+    """
+    found: dict[str, FileState] = {}
+    left = max_bytes
+    try:
+        with tarfile.open(fileobj=io.BytesIO(archive), mode="r:") as members:
+            for seen, member in enumerate(members):
+                path = tree.printable(member.name).removeprefix("./").rstrip("/")
+                if seen > tree.MAX_ENTRIES or path.count("/") > tree.MAX_DEPTH:
+                    found[tree.CUT] = tree.OTHER
+                    break
+                if member.isdir() or path in ("", "."):
+                    continue
+                found[path] = _state(members, member, found, left)
+                left -= len(found[path].content) if member.isreg() else 0
+    except (tarfile.TarError, ValueError, OverflowError, EOFError, OSError) as error:
+        raise SandboxError(f"cannot read the workspace's archive: {error}") from error
+    return found
+
+
+def _state(
+    archive: tarfile.TarFile, member: tarfile.TarInfo, found: Mapping[str, FileState], max_bytes: int
+) -> FileState:
+    if member.issym():
+        return FileState("link", os.fsencode(member.linkname))
+    if member.islnk():
+        # A second name of a file that came before.
+        return found.get(tree.printable(member.linkname).removeprefix("./"), tree.OTHER)
+    if not member.isreg() or member.size > max_bytes or not member.mode & 0o400:
+        return tree.OTHER
+    content = archive.extractfile(member)
+    return tree.OTHER if content is None else FileState("file", content.read(), bool(member.mode & 0o100))
+
+
+class ContainerSandbox:
+    """One open workspace.  See :class:`pytest_pocket.sandbox.Sandbox`."""
+
+    def __init__(self, engine: str, files: Mapping[str, str], limits: Limits) -> None:
+        self.limits = limits
+        self._engine = engine
+        self._name = f"pocket-{secrets.token_hex(8)}"
+        self._closed = threading.Event()
+        self._removed = False
+        self._busy = threading.RLock()
+        archive = packed(files)
+        self._control(start_command(engine, self._name, limits), START_SECONDS)
+        try:
+            if files and (made := self.run("tar -xf - --no-same-owner", stdin=archive, seconds=START_SECONDS)).status:
+                raise SandboxError(f"cannot fill the workspace: {made.output.decode(errors='replace').strip()}")
+        except BaseException:
+            self.close()
+            raise
+
+    def _control(self, command: list[str], seconds: float) -> None:
+        try:
+            done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, timeout=seconds)
+        except (OSError, subprocess.TimeoutExpired) as error:
+            raise SandboxError(f"{self._engine} does not answer: {error}") from error
+        if done.returncode:
+            raise SandboxError(f"{command[0]} {command[1]}: {done.stderr.decode(errors='replace').strip()}")
+
+    def run(self, script: str, *, stdin: bytes = b"", seconds: float | None = None) -> CommandResult:
+        """Run a bash script in the workspace root."""
+        if "\0" in script:
+            raise ValueError("a script cannot contain a NUL byte")
+        with self._busy:
+            return self._call(script, stdin, self.limits.call_seconds if seconds is None else seconds, self.limits.output_bytes)
+
+    def _call(self, script: str, stdin: bytes, seconds: float, output_bytes: int) -> CommandResult:
+        """One ``exec``, and afterwards the end of whatever it left."""
+        if self._closed.is_set():
+            raise SandboxError("the sandbox is closed")
+        command = [self._engine, "exec", "--interactive", self._name, "bash", "-c", script, "bash"]
+        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, bufsize=0)
+        feeder = threading.Thread(target=_feed, args=(process, stdin), daemon=True)
+        feeder.start()
+        try:
+            output, timed_out = self._collect(process, seconds, output_bytes + 1)
+        finally:
+            killed = process.poll() is None
+            if killed:
+                process.kill()
+            process.wait()
+            feeder.join()
+            if process.stdout:
+                process.stdout.close()
+        if self._closed.is_set():
+            raise SandboxError("the sandbox was closed")
+        # "exec" keeps its own channel: killing the client leaves the command, and what it started, alive.
+        self._kill_others()
+        cut = len(output) > output_bytes
+        status = TIMED_OUT if timed_out else TOO_MUCH_OUTPUT if cut else process.returncode
+        return CommandResult(status, output[:output_bytes], timed_out, cut)
+
+    def _kill_others(self) -> None:
+        for attempt in range(5):
+            try:
+                return self._control([self._engine, "exec", self._name, "bash", "-c", KILL_OTHERS], KILL_SECONDS)
+            except SandboxError:
+                if attempt == 4 or self._closed.is_set():
+                    raise
+                self._control([self._engine, "kill", "--signal", "USR1", self._name], KILL_SECONDS)
+        return None
+
+    def _collect(self, process: subprocess.Popen[bytes], seconds: float, max_bytes: int) -> tuple[bytes, bool]:
+        """Output until its end, the deadline, or too much of it."""
+        assert process.stdout
+        deadline = time.monotonic() + seconds
+        output = bytearray()
+        while len(output) < max_bytes:
+            left = deadline - time.monotonic()
+            if left <= 0:
+                return bytes(output), True
+            if self._closed.is_set():
+                break
+            if select.select([process.stdout], [], [], min(left, 0.2))[0]:
+                part = process.stdout.read(2**16)
+                if not part:
+                    with contextlib.suppress(subprocess.TimeoutExpired):
+                        process.wait(max(0.0, deadline - time.monotonic()))
+                        break
+                    return bytes(output), True
+                output += part
+        return bytes(output), False
+
+    def snapshot(self) -> Mapping[str, FileState]:
+        """Every file of the workspace, as ``tar`` inside sees it: nothing else is alive by then."""
+        with self._busy:
+            room = 2 * self.limits.workspace_bytes + tree.MAX_ENTRIES * 4096
+            made = self._call("exec tar -cf - . 2>/dev/null", b"", START_SECONDS, room)
+            if made.cut or made.timed_out:
+                return {tree.CUT: tree.OTHER}
+            return unpacked(made.output, self.limits.workspace_bytes)
+
+    def close(self) -> None:
+        """Remove the container."""
+        self._closed.set()
+        with self._busy:
+            if not self._removed:
+                self._removed = True
+                with contextlib.suppress(SandboxError):
+                    self._control([self._engine, "rm", "--force", "--time", "0", self._name], START_SECONDS)
+
+
+def _feed(process: subprocess.Popen[bytes], data: bytes) -> None:
+    """Write standard input from a thread: a command that does not read must not block its own output."""
+    assert process.stdin
+    with contextlib.suppress(OSError), process.stdin:
+        view = memoryview(data)
+        while view:
+            view = view[process.stdin.write(view) or 0 :]
+
+
+class ContainerProvider:
+    """Sandboxes made with the command line of ``docker`` or ``podman``."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def probe(self) -> None:
+        """Start a container and look for what the tasks use.  Raises SandboxUnavailable."""
+        if shutil.which(self.name) is None:
+            raise SandboxUnavailable(f"{self.name} is not installed")
+        try:
+            sandbox = self.open({"probe": "ok\n"})
+        except SandboxError as error:
+            raise SandboxUnavailable(
+                f"{self.name} does not work here: {error}. Is its service running, and the image {image()} there "
+                f"(`{self.name} pull {image()}`, or POCKET_SANDBOX_IMAGE)?"
+            ) from error
+        try:
+            found = sandbox.run("cat probe; for c in git python3 grep; do $c --version >/dev/null || echo $c; done")
+        except SandboxError as error:
+            raise SandboxUnavailable(f"{self.name} does not work here: {error}") from error
+        finally:
+            sandbox.close()
+        if found.output != b"ok\n":
+            said = found.output.decode(errors="replace").strip()
+            raise SandboxUnavailable(f"image {image()} needs bash, git, python3, grep and tar, but: {said}")
+
+    def open(self, files: Mapping[str, str], limits: Limits = Limits()) -> ContainerSandbox:
+        """A fresh container."""
+        return ContainerSandbox(self.name, files, limits)

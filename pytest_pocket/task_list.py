@@ -1,0 +1,65 @@
+"""Which tasks there are: the 19 that ship, and those that a session has added."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Iterable
+from functools import cache
+from types import ModuleType
+
+from pytest_pocket.task import Task
+
+GROUPS = ("read", "run", "write", "react", "stop")
+
+_added: dict[str, Task] = {}
+
+
+class TaskError(ValueError):
+    """A task that cannot be had or added, said in one line."""
+
+
+def tasks_of(module: ModuleType) -> list[Task]:
+    """The tasks whose classes a module defines, in the order of definition."""
+    return [
+        value()
+        for value in vars(module).values()
+        if isinstance(value, type)
+        and issubclass(value, Task)
+        and value.__module__ == module.__name__
+        and hasattr(value, "name")
+    ]
+
+
+@cache
+def shipped() -> dict[str, Task]:
+    """The 19 tasks by name, in the order of their groups."""
+    package = importlib.import_module("pytest_pocket.tasks")
+    found = [
+        task
+        for info in pkgutil.iter_modules(package.__path__)
+        for task in tasks_of(importlib.import_module(f"{package.__name__}.{info.name}"))
+    ]
+    found.sort(key=lambda task: (GROUPS.index(task.group), task.name))
+    return {task.name: task for task in found}
+
+
+def add(tasks: Iterable[Task]) -> None:
+    """Add a session's own tasks.  Raises TaskError when a name is taken by a shipped task."""
+    for task in tasks:
+        if task.name in shipped():
+            raise TaskError(f"task {task.name!r} has the name of a shipped task: choose another")
+        _added[task.name] = task
+
+
+def added() -> dict[str, Task]:
+    """The session's own tasks by name."""
+    return dict(_added)
+
+
+def find(name: str) -> Task:
+    """The task of a name.  Raises TaskError that names the tasks there are."""
+    task = shipped().get(name) or _added.get(name)
+    if task is None:
+        raise TaskError(f"unknown task {name!r}: choose from {', '.join((*shipped(), *_added))}")
+    return task

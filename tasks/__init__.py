@@ -1,0 +1,1 @@
+"""The 19 tasks, one module each."""
