@@ -3,7 +3,7 @@
 Requests come from many threads and are served by one engine thread that keeps a batch going: before each step
 waiting requests join it, and finished ones leave it.  The loop is our own because ``generate`` cannot do
 that: a static batch waits for its longest reply while new requests wait for all of it, and ``generate``
-spends milliseconds of bookkeeping on every token.  Measured with tests/bench/bench_hf.py (3.2 M parameters, 96
+spends milliseconds of bookkeeping on every token.  Measured by tests/bench/bench_hf.py (3.2 M parameters, 96
 mixed requests, 32 in flight, one CPU thread): ``generate`` one at a time 7.3 requests a second, in static
 batches of 32 24.1 (x3.3), this loop 30.1 (x4.1).  More than half of what is left is reading the prompts.
 

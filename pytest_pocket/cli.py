@@ -104,11 +104,9 @@ def show(
         if task and not chosen:
             names = ", ".join(sorted({record["task"] for record in found})) or "none"
             _stop(f"no episode of task {task!r} in {run}: it holds {names}")
-        if trace:
-            shown = [record for record in chosen if as_json] or "\n".join(map(_trajectory, chosen))
-        else:
-            rows = report.rows(chosen)
-            shown = rows if as_json else _tables(rows)
+        shown: str | list[Any] = chosen if trace else report.rows(chosen)
+        if not as_json:
+            shown = "\n".join(map(_trajectory, chosen)) if trace else _tables(report.rows(chosen))
     except (KeyError, TypeError, AttributeError) as error:
         _stop(
             f"a record in {run} is not of this version: {type(error).__name__}: {error}; update pytest-pocket"
@@ -179,6 +177,9 @@ def _indented(head: str, text: str) -> Iterator[str]:
 )
 def train(context: typer.Context, stage: Annotated[str, typer.Argument(help="The stage.")] = "") -> None:
     """Train: pocket train STAGE [OPTIONS], where STAGE is one of data, tokenizer, pretrain, sft."""
+    if stage in ("-h", "--help"):
+        typer.echo(context.get_help())
+        return
     if stage not in STAGES:
         _stop(f"unknown training stage {stage!r}: choose from {', '.join(STAGES)}")
     name = f"pytest_pocket.training.{stage}"

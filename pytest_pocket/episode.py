@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from pytest_pocket import tools
-from pytest_pocket.chat import Backend, ChatReply, ChatRequest, EngineError, Message, Sampling
+from pytest_pocket.chat import Backend, Cancelled, ChatReply, ChatRequest, EngineError, Message, Sampling
 from pytest_pocket.conditions import Condition
 from pytest_pocket.sandbox import CommandResult, FileState, Limits, Sandbox, SandboxError, SandboxProvider
 from pytest_pocket.task import Check, Final, Instance, Score, Task
@@ -86,20 +86,27 @@ class Workshop:
         self._cancelled = False
 
     def open(self, files: Mapping[str, str]) -> Sandbox:
-        """A fresh sandbox.  Raises SandboxError after ``cancel``."""
+        """A fresh sandbox.  Raises Cancelled after ``cancel``."""
+        if self._cancelled:
+            raise Cancelled
         sandbox = self.provider.open(files, self.limits)
         with self._lock:
             if not self._cancelled:
                 self._open.add(sandbox)
                 return sandbox
         sandbox.close()
-        raise SandboxError("the session was cancelled")
+        raise Cancelled
 
     def close(self, sandbox: Sandbox) -> None:
         """End one sandbox."""
         with self._lock:
             self._open.discard(sandbox)
         sandbox.close()
+
+    @property
+    def cancelled(self) -> bool:
+        """Whether the session is ending: an episode that was open then says nothing."""
+        return self._cancelled
 
     def cancel(self) -> None:
         """Kill every open sandbox, and let none be opened any more."""
@@ -204,6 +211,8 @@ def play(
         score = task.reward(instance, final)
         return end(_ledger(score, stop, calls), stop, score, after)
     except (EngineError, SandboxError) as error:
+        if workshop.cancelled:
+            raise Cancelled from error
         return end("infra", "infra", detail=f"{type(error).__name__}: {error}")
     finally:
         if sandbox is not None:

@@ -125,11 +125,19 @@ def from_pyproject(path: Path) -> list[Model]:
     if not path.is_file():
         return []
     try:
-        tables = tomllib.loads(path.read_text()).get("tool", {}).get("pocket", {}).get("models", {})
+        tables: Any = tomllib.loads(path.read_text())
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ModelError(f"{path} is not TOML: {error}") from None
+    for key in ("tool", "pocket", "models"):
+        tables = tables.get(key, {})
+        if not isinstance(tables, dict):
+            raise ModelError(f"{key!r} in {path} is no table: write [tool.pocket.models.NAME]")
     models = []
     for name, table in tables.items():
+        if not isinstance(table, dict) or not all(
+            isinstance(value, dict if key == "options" else str) for key, value in table.items()
+        ):
+            raise ModelError(f"[tool.pocket.models.{name}] in {path}: give each key a string, options a table")
         try:
             models.append(Model(name=name, **table))
         except TypeError as error:

@@ -148,8 +148,8 @@ def _thinks(row: Row) -> bool:
 def _asked(row: Row) -> str:
     """The condition, but for the prompt, in words."""
     think, temperature, best_of = _condition(row)
-    words = ["think" if think else "no-think", f"t {temperature:g}"]
-    return ", ".join([*words, f"best of {best_of}"] if best_of > 1 else words)
+    words = f"{'think' if think else 'no-think'} t{temperature:g}"
+    return f"{words} best of {best_of}" if best_of > 1 else words
 
 
 def _prompts(rows: Iterable[Row]) -> list[str]:
@@ -292,9 +292,8 @@ def _plain_mean(rows: Iterable[Row]) -> str:
 def _text_table(grid: _Grid, width: int, ascii_only: bool) -> str:
     look = box.ASCII_DOUBLE_HEAD if ascii_only else box.SIMPLE_HEAD
     shown = _ascii if ascii_only else str
-    table = Table(
-        title=Text(shown(grid.title)), title_justify="left", box=look, show_edge=False, pad_edge=False
-    )
+    padding = (0, 1) if ascii_only else (0, 1, 0, 0)
+    table = Table(box=look, show_edge=False, pad_edge=False, padding=padding)
     for index, name in enumerate(grid.head):
         # Nothing folds: a number or a name broken over two lines would be read as another one.
         longest = max(
@@ -308,7 +307,7 @@ def _text_table(grid: _Grid, width: int, ascii_only: bool) -> str:
     needed = Console(file=out, width=10_000).measure(table).minimum
     console = Console(file=out, width=max(width, needed), color_system=None, force_terminal=False)
     console.print(table)
-    return "\n".join(line.rstrip() for line in out.getvalue().splitlines()) + "\n"
+    return "\n".join([shown(grid.title), *(line.rstrip() for line in out.getvalue().splitlines()), ""])
 
 
 def _markdown_table(grid: _Grid) -> str:

@@ -1,7 +1,7 @@
 """The six tools that a model is given, named and shaped as in Claude Code.
 
-Every tool is a bash script run inside the sandbox: nothing that a model names is opened by this process.  What
-a model does wrong comes back as text that says what to do; only the sandbox's own faults are raised.
+Every tool is a bash script run inside the sandbox: nothing that a model names is opened by this process.
+What a model does wrong comes back as text that says what to do; only the sandbox's own faults are raised.
 """
 
 from __future__ import annotations
@@ -26,15 +26,20 @@ MODES = ("content", "files_with_matches", "count")
 
 @dataclass(frozen=True)
 class ToolResult:
-    """What the model reads back.  ``ok`` is False when the call itself was wrong, not when a command failed."""
+    """What the model reads back.  ``ok`` is False when the call was wrong, not when a command failed."""
 
     text: str
     ok: bool = True
 
 
-def _schema(name: str, description: str, required: Mapping[str, Any], optional: Mapping[str, Any] = {}) -> dict[str, Any]:
+def _schema(
+    name: str, description: str, required: Mapping[str, Any], optional: Mapping[str, Any] = {}
+) -> dict[str, Any]:
     parameters = {"type": "object", "properties": {**required, **optional}, "required": list(required)}
-    return {"type": "function", "function": {"name": name, "description": description, "parameters": parameters}}
+    return {
+        "type": "function",
+        "function": {"name": name, "description": description, "parameters": parameters},
+    }
 
 
 def _property(kind: str, description: str) -> dict[str, Any]:
@@ -157,7 +162,9 @@ def _shown(value: object) -> str:
     return text if len(text) <= 80 else text[:77] + "..."
 
 
-def _script(sandbox: Sandbox, script: str, *, stdin: bytes = b"", seconds: float | None = None) -> CommandResult:
+def _script(
+    sandbox: Sandbox, script: str, *, stdin: bytes = b"", seconds: float | None = None
+) -> CommandResult:
     if len(script.encode()) > MAX_SCRIPT:
         raise _Wrong(f"the arguments are longer than {MAX_SCRIPT} bytes; use Write for long texts")
     return sandbox.run(script, stdin=stdin, seconds=seconds)
@@ -188,7 +195,7 @@ def _path(path: str) -> str:
 
 # Statuses that the scripts below end with, out of the way of those of cat, mkdir and the like.
 _MISSING, _DIRECTORY, _NOT_A_FILE = 91, 92, 93
-_EXISTING_FILE = "f={path}; [ -d \"$f\" ] && exit 92; [ -e \"$f\" ] || exit 91; [ -f \"$f\" ] || exit 93; "
+_EXISTING_FILE = 'f={path}; [ -d "$f" ] && exit 92; [ -e "$f" ] || exit 91; [ -f "$f" ] || exit 93; '
 
 
 def _file_error(result: CommandResult, path: str) -> None:
@@ -235,7 +242,9 @@ def _put(sandbox: Sandbox, path: str, content: str) -> None:
     _file_error(_script(sandbox, script + 'cat >"$f"', stdin=content.encode()), path)
 
 
-def _edit(sandbox: Sandbox, file_path: str, old_string: str, new_string: str, replace_all: bool = False) -> ToolResult:
+def _edit(
+    sandbox: Sandbox, file_path: str, old_string: str, new_string: str, replace_all: bool = False
+) -> ToolResult:
     if not old_string:
         raise _Wrong("old_string is empty; give the text to replace, or use Write")
     if old_string == new_string:
@@ -274,7 +283,7 @@ def _glob(sandbox: Sandbox, pattern: str, path: str = ".") -> ToolResult:
     # With an empty IFS an unquoted variable is only expanded as a pattern: no splitting, no substitution.
     script = (
         f"cd -- {_path(path)} 2>/dev/null || exit 91; shopt -s globstar nullglob; export LC_ALL=C; IFS=; "
-        f"p={shlex.quote(pattern)}; for f in $p; do [ -f \"$f\" ] && printf '%s\\n' \"$f\"; done; :"
+        f'p={shlex.quote(pattern)}; for f in $p; do [ -f "$f" ] && printf \'%s\\n\' "$f"; done; :'
     )
     result = _script(sandbox, script)
     if result.status == _MISSING:

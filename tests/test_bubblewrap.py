@@ -11,7 +11,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
@@ -28,7 +28,12 @@ except SandboxUnavailable as reason:
     pytest.skip(str(reason), allow_module_level=True)
 
 SMALL = Limits(
-    workspace_bytes=4 * 2**20, output_bytes=2**18, memory_bytes=256 * 2**20, processes=24, cpu_seconds=2, call_seconds=3.0
+    workspace_bytes=4 * 2**20,
+    output_bytes=2**18,
+    memory_bytes=256 * 2**20,
+    processes=24,
+    cpu_seconds=2,
+    call_seconds=3.0,
 )
 
 
@@ -45,6 +50,14 @@ def said(sandbox: BubblewrapSandbox, script: str) -> str:
 def inside(sandbox: BubblewrapSandbox) -> list[str]:
     """The processes of the sandbox, as the host sees them."""
     return [name for name in os.listdir(sandbox._proc) if name.isdigit()]
+
+
+def comes_true(condition: Callable[[], bool]) -> bool:
+    """Whether the condition holds within 5 s."""
+    deadline = time.monotonic() + 5
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return condition()
 
 
 def running(mark: str) -> list[int]:
@@ -119,7 +132,8 @@ def test_the_home_and_the_environment_of_the_host_are_invisible(
         assert "s3cret" not in said(fresh, "env; cat /proc/*/environ 2>/dev/null | tr '\\0' '\\n'")
         script = f"ls {Path.home()} {tmp_path} /home /root /var /etc/shadow /sys /mnt /boot 2>/dev/null"
         assert said(fresh, script) == ""
-        assert set(said(fresh, "ls /").split()) <= set("bin dev etc lib lib32 lib64 proc run sbin tmp usr workspace".split())
+        system = {"bin", "dev", "etc", "lib", "lib32", "lib64", "proc", "run", "sbin", "usr"}
+        assert set(said(fresh, "ls /").split()) <= system | {"tmp", "workspace"}
 
 
 def test_processes_of_the_host_are_invisible(sandbox: BubblewrapSandbox) -> None:
@@ -131,7 +145,10 @@ def test_no_privileges_are_left(sandbox: BubblewrapSandbox) -> None:
     status = said(sandbox, "cat /proc/self/status")
     assert set(re.findall(r"Cap(?:Prm|Eff|Bnd|Amb):\s+(\w+)", status)) == {"0" * 16}
     assert re.search(r"NoNewPrivs:\s+1", status)
-    assert said(sandbox, "id -u; ls -l /proc/self/fd | grep -vc -e pipe -e /dev/null -e '/fd$' -e total") == "1000\n0"
+    assert (
+        said(sandbox, "id -u; ls -l /proc/self/fd | grep -vc -e pipe -e /dev/null -e '/fd$' -e total")
+        == "1000\n0"
+    )
 
 
 def test_a_fork_bomb_ends_with_its_call(sandbox: BubblewrapSandbox) -> None:
@@ -142,8 +159,19 @@ def test_a_fork_bomb_ends_with_its_call(sandbox: BubblewrapSandbox) -> None:
     assert inside(sandbox) == ["1"]
 
 
+def test_memory_that_no_limit_counts_is_refused(sandbox: BubblewrapSandbox) -> None:
+    assert "PermissionError" in said(sandbox, "python3 -c 'import os; os.memfd_create(\"x\")'")
+    code = "import ctypes; print(ctypes.CDLL(None).shmget(0, 2**20, 0o1600))"
+    assert said(sandbox, f"python3 -c '{code}'") == "-1"
+    assert sandbox.run("unshare -Urm mount -t tmpfs none /tmp").status != 0
+    assert sandbox.run("python3 -c 'import os; os.unshare(os.CLONE_NEWUSER)'").status != 0
+
+
 def test_the_number_of_processes_is_limited(sandbox: BubblewrapSandbox) -> None:
-    code = "import os,time\nn=0\ntry:\n  while n<500:\n    if not os.fork(): time.sleep(9)\n    n+=1\nexcept OSError: print(n)"
+    code = (
+        "import os,time\nn=0\ntry:\n  while n<500:\n    if not os.fork(): time.sleep(9)\n    n+=1\n"
+        "except OSError: print(n)"
+    )
     assert int(said(sandbox, f"python3 -c '{code}'")) < SMALL.processes
 
 
@@ -163,7 +191,9 @@ def test_many_processes_cannot_take_more_memory_than_the_limit_together(sandbox:
 
 @pytest.mark.parametrize("place", ["/workspace", "/tmp"])
 def test_the_disk_cannot_be_filled(sandbox: BubblewrapSandbox, place: str) -> None:
-    result = sandbox.run(f"for i in 1 2 3; do head -c 3M /dev/zero >{place}/$i || echo full; done; rm {place}/*; echo ok")
+    result = sandbox.run(
+        f"for i in 1 2 3; do head -c 3M /dev/zero >{place}/$i || echo full; done; rm {place}/*; echo ok"
+    )
     assert b"full" in result.output
     assert result.output.endswith(b"ok\n")
 
@@ -208,7 +238,9 @@ def test_a_timeout_that_comes_at_any_moment_ends_the_call() -> None:
 
 def test_a_daemon_is_dead_after_its_call(sandbox: BubblewrapSandbox) -> None:
     daemon = "while :; do date +%N >>alive; sleep 0.01; done"
-    sandbox.run(f"(setsid nohup bash -c '{daemon}' >/dev/null 2>&1 &); sleep 0.1; trap '' HUP TERM; (sleep 50 &)")
+    sandbox.run(
+        f"(setsid nohup bash -c '{daemon}' >/dev/null 2>&1 &); sleep 0.1; trap '' HUP TERM; (sleep 50 &)"
+    )
     assert inside(sandbox) == ["1"]
     before = sandbox.snapshot()["alive"]
     time.sleep(0.1)
@@ -221,17 +253,21 @@ def test_a_command_that_closes_its_output_is_still_waited_for(sandbox: Bubblewra
     assert "late" in sandbox.snapshot()
 
 
-@pytest.mark.parametrize("name", ["TERM", "KILL", "STOP", "USR1", "SEGV", "CHLD", "PIPE", "TSTP", "RTMIN", "ALRM"])
+@pytest.mark.parametrize(
+    "name", ["TERM", "KILL", "STOP", "USR1", "SEGV", "CHLD", "PIPE", "TSTP", "RTMIN", "ALRM"]
+)
 def test_signals_to_process_1_do_no_harm(sandbox: BubblewrapSandbox, name: str) -> None:
     sandbox.run(f"for i in 1 2 3; do kill -{name} 1; done; sleep 0.05")
     assert said(sandbox, "echo alive") == "alive"
 
 
 def test_a_status_cannot_be_forged(sandbox: BubblewrapSandbox) -> None:
-    forge = "for n in 1 2 3 4 5; do for f in /proc/1/fd/*  /proc/1/fd/1 /proc/1/fd/3; do echo \"$n 0\" >$f; done; done"
+    forge = 'for n in 1 2 3 4 5; do for f in /proc/1/fd/* /proc/1/fd/{1,3}; do echo "$n 0" >$f; done; done'
     assert sandbox.run(f"{{ {forge}; }} 2>/dev/null; exit 9").status == 9
     assert "Permission denied" in said(sandbox, "cat /proc/1/mem /proc/1/environ; ls /proc/1/fd /proc/1/root")
-    code = "import ctypes,os; c=ctypes.CDLL(None,use_errno=True); print(c.ptrace(16,1,0,0), ctypes.get_errno())"
+    code = (
+        "import ctypes,os; c=ctypes.CDLL(None,use_errno=True); print(c.ptrace(16,1,0,0), ctypes.get_errno())"
+    )
     assert said(sandbox, f'python3 -c "{code}"') == "-1 1"
 
 
@@ -239,14 +275,18 @@ def test_symlinks_are_seen_and_never_followed(sandbox: BubblewrapSandbox, tmp_pa
     sandbox.run("ln -s /etc/passwd p; ln -s /proc/self/root r; ln -s .. up; ln -s loop loop")
     states = sandbox.snapshot()
     assert states["p"] == FileState("link", b"/etc/passwd")
-    assert {name: states[name].kind for name in ("r", "up", "loop")} == dict.fromkeys(("r", "up", "loop"), "link")
+    assert {name: states[name].kind for name in ("r", "up", "loop")} == dict.fromkeys(
+        ("r", "up", "loop"), "link"
+    )
     assert not [path for path in states if path.startswith(("r/", "up/", "loop/"))]
 
 
 def test_a_hostile_tree_does_not_stop_the_snapshot(sandbox: BubblewrapSandbox) -> None:
     sandbox.run(
-        "mkfifo pipe; truncate -s 4M s1; truncate -s 4M s2; touch $'new\\nline' $'not-\\xff'; echo x >hidden; chmod 0 hidden;"
-        "mkdir closed; touch closed/f; chmod 0 closed; python3 -c 'import socket; socket.socket(socket.AF_UNIX).bind(\"sock\")';"
+        "mkfifo pipe; truncate -s 4M s1; truncate -s 4M s2; touch $'new\\nline' $'not-\\xff';"
+        "echo x >hidden; chmod 0 hidden;"
+        "mkdir closed; touch closed/f; chmod 0 closed;"
+        "python3 -c 'import socket; socket.socket(socket.AF_UNIX).bind(\"sock\")';"
         "ln a.txt hard"
     )
     states = sandbox.snapshot()
@@ -344,24 +384,22 @@ def test_everything_inside_dies_with_the_host_process() -> None:
         "from pytest_pocket.sandbox.bubblewrap import BubblewrapProvider\n"
         f"s = BubblewrapProvider().open({{}}); print('open', flush=True); s.run('sleep {mark}', seconds=60)"
     )
-    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as host:
-        assert host.stdout
-        assert host.stdout.readline() == b"open\n"
-        deadline = time.monotonic() + 5
-        while not running(mark) and time.monotonic() < deadline:
-            time.sleep(0.05)
-        assert running(mark)
-        host.kill()
-        host.wait()
-        deadline = time.monotonic() + 5
-        while running(mark) and time.monotonic() < deadline:
-            time.sleep(0.05)
-        assert running(mark) == []
+    with tempfile.TemporaryDirectory() as folder:
+        os.chmod(folder, 0o755)
+        environment = {**os.environ, "TMPDIR": folder}
+        with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, env=environment) as host:
+            assert host.stdout
+            assert host.stdout.readline() == b"open\n"
+            assert comes_true(lambda: bool(running(mark)))
+            host.kill()
+            host.wait()
+            assert comes_true(lambda: not running(mark))
 
 
 def test_git_and_python_are_usable_inside(sandbox: BubblewrapSandbox) -> None:
     script = (
-        "git init -q . && git add . && git -c user.name=A -c user.email=a@b commit -qm one && git log --format=%s;"
+        "git init -q . && git add . &&"
+        " git -c user.name=A -c user.email=a@b commit -qm one && git log --format=%s;"
         "python3 -c 'import getpass; print(getpass.getuser())'"
     )
     assert said(sandbox, script) == "one\npocket"
@@ -371,7 +409,7 @@ def test_a_missing_bwrap_is_explained(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "/nonexistent")
     with pytest.raises(SandboxUnavailable, match="apt install bubblewrap"):
         PROVIDER.probe()
-    with pytest.raises(SandboxUnavailable, match="bubblewrap.*Docker or Podman"):
+    with pytest.raises(SandboxUnavailable, match=r"bubblewrap.*Docker or Podman"):
         select("auto")
 
 
@@ -383,12 +421,14 @@ def test_forbidden_namespaces_are_explained(monkeypatch: pytest.MonkeyPatch) -> 
         fake.write_text("#!/bin/sh\necho 'bwrap: setting up uid map: Permission denied' >&2; exit 1\n")
         fake.chmod(0o755)
         monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
-        with pytest.raises(SandboxUnavailable, match="uid map: Permission denied.*apparmor_restrict_unprivileged_userns=0"):
+        with pytest.raises(
+            SandboxUnavailable, match=r"uid map: Permission denied.*apparmor_restrict_unprivileged_userns=0"
+        ):
             PROVIDER.probe()
 
 
 def test_an_unknown_sandbox_is_refused_with_the_choices() -> None:
-    with pytest.raises(ValueError, match="'vm'.*auto, bwrap, docker, podman, none"):
+    with pytest.raises(ValueError, match=r"'vm'.*auto, bwrap, docker, podman, none"):
         select("vm")
 
 

@@ -28,7 +28,7 @@ class Limits:
 
 @dataclass(frozen=True)
 class CommandResult:
-    """One command's end: exit status, combined stdout and stderr (cut to ``output_bytes``), and how it ended."""
+    """One command's end: exit status, stdout and stderr as one (cut to ``output_bytes``), how it ended."""
 
     status: int
     output: bytes
@@ -38,7 +38,7 @@ class CommandResult:
 
 @dataclass(frozen=True)
 class FileState:
-    """A file as the snapshot saw it.  ``content`` is a symlink's target for ``kind`` ``"link"``, empty for others."""
+    """A file as the snapshot saw it.  ``content`` is the target of a ``"link"``, empty for ``"other"``."""
 
     kind: str  # "file", "link" or "other"
     content: bytes
@@ -59,17 +59,18 @@ class Sandbox(Protocol):
     def run(self, script: str, *, stdin: bytes = b"", seconds: float | None = None) -> CommandResult:
         """Run a bash script in the workspace root, with ``stdin`` as its standard input.
 
-        When it returns, no process that it started is alive.  ``seconds`` defaults to ``Limits.call_seconds``.
+        When it returns, no process that it started is alive.  ``seconds`` defaults to
+        ``Limits.call_seconds``.
         Raises SandboxError when the sandbox itself is broken.
         """
         ...
 
     def snapshot(self) -> Mapping[str, FileState]:
-        """Every file of the workspace by relative path ("/" between parts), read from outside, never following links."""
+        """Every file of the workspace by relative path, read from outside, never following links."""
         ...
 
     def close(self) -> None:
-        """Kill what is inside and free everything.  Idempotent, and callable from another thread to cancel."""
+        """Kill what is inside, free everything.  Idempotent, and callable from another thread to cancel."""
         ...
 
 
@@ -83,7 +84,7 @@ class SandboxProvider(Protocol):
         ...
 
     def open(self, files: Mapping[str, str], limits: Limits = Limits()) -> Sandbox:
-        """A fresh workspace holding ``files`` (relative path to text).  Files that begin with ``#!`` are executable."""
+        """A fresh workspace holding ``files`` (relative path to text); ``#!`` makes one executable."""
         ...
 
 
@@ -121,6 +122,6 @@ def _first_available() -> SandboxProvider:
         except SandboxUnavailable as reason:
             reasons.append(f"{name}: {reason}")
     raise SandboxUnavailable(
-        "no sandbox works on this machine; on Linux `apt install bubblewrap`, elsewhere install Docker or Podman. "
-        + "Tried " + "; ".join(reasons)
+        "no sandbox works on this machine; on Linux `apt install bubblewrap`, elsewhere install Docker "
+        "or Podman. Tried " + "; ".join(reasons)
     )

@@ -1,15 +1,15 @@
 """The default sandbox: one ``bwrap`` an episode, which stays open for all its calls.
 
-Inside, process 1 is a bash loop, the agent: it reads a call's number, runs its script in a child, kills every
-other process, and only then reports the status.  The scripts lie in a host directory that is mounted read-only;
-output leaves through a pipe; the final files are read through a directory descriptor of the workspace.  Nothing
-on the host can be written from inside.
+Inside, process 1 is a bash loop, the agent: it reads a call's number, runs its script in a child, kills
+every other process, and only then reports the status.  The scripts lie in a host directory that is mounted
+read-only; output leaves through a pipe; the final files are read through a directory descriptor of the
+workspace.  Nothing on the host can be written from inside.
 
-The agent runs from a copy of bash that nobody may read: the kernel then lets no process of the same user trace
-it, touch its memory or open its pipes through ``/proc/1/fd``, so a status cannot be forged.
+The agent runs from a copy of bash that nobody may read: the kernel then lets no process of the same user
+trace it, touch its memory or open its pipes through ``/proc/1/fd``, so a status cannot be forged.
 
-Not covered: attacks on the kernel, and the memory that kernel objects take (inodes, pipe buffers), for
-which a container with a memory limit is the better provider.
+Not covered: attacks on the kernel, and the memory that kernel objects take (inodes, pipe buffers), for which
+a container with a memory limit is the better provider.
 """
 
 from __future__ import annotations
@@ -31,26 +31,29 @@ from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 
-from pytest_pocket.sandbox import CommandResult, FileState, Limits, SandboxError, SandboxUnavailable, tree
+from pytest_pocket.sandbox import (
+    CommandResult,
+    FileState,
+    Limits,
+    SandboxError,
+    SandboxUnavailable,
+    seccomp,
+    tree,
+)
 
 # Any signal that bash handles would end it, or the wait for a call: from inside, all of them end the call.
-AGENT = """
-umask 022
-trap 'kill -9 -1' {1..8} {10..16} {21..31}
-echo ready
-while read -r call input; do
-    IFS= read -r -d '' script <"/run/pocket/$call"
-    (exec bash -c "$script" bash) <"$input" >&3 2>&1 3>&- &
-    wait $!
-    status=$?
-    while kill -9 -1; do :; done
-    echo "$call $status"
-done
-"""
+# One line, so that bash counts a script's lines from 1 in its messages.
+AGENT = (
+    "exec 3>&2 2>/dev/null; umask 022; {limits} trap 'kill -9 -1' {{1..8}} {{10..16}} {{21..31}}; "
+    "echo ready; "
+    'while read -r _call _input; do IFS= read -r -d "" _script <"/run/pocket/$_call"; '
+    '(unset _call _input; eval "$_script") <"$_input" >&3 2>&1 3>&- & wait $!; _status=$?; '
+    'while kill -9 -1; do :; done; echo "$_call $_status"; done'
+)
 ENVIRONMENT = {
     "PATH": "/usr/local/bin:/usr/bin:/bin",
     "HOME": "/workspace",
-    "LANG": "C.UTF-8",
+    "LC_CTYPE": "C.UTF-8",
     "TZ": "UTC",
     "PYTHONDONTWRITEBYTECODE": "1",
     "PYTHONHASHSEED": "0",
@@ -60,6 +63,7 @@ ACCOUNTS = {
     "/etc/passwd": "root:x:0:0::/root:/bin/bash\npocket:x:1000:1000::/workspace:/bin/bash\n",
     "/etc/group": "root:x:0:\npocket:x:1000:\n",
 }
+INFO, SECCOMP = "--info-fd", "--seccomp"
 NOBODY = 65534
 START_SECONDS = 20.0
 KILL_SECONDS = 5.0
@@ -69,11 +73,20 @@ OUT_OF_MEMORY = 137
 
 
 @cache
+def _can_forbid_namespaces() -> bool:
+    """Whether this bwrap (0.8 and later) can forbid further user namespaces, whose mounts no limit counts."""
+    shown = subprocess.run([_program("bwrap"), "--help"], capture_output=True, text=True)
+    return "--disable-userns" in shown.stdout
+
+
+@cache
 def _arguments() -> tuple[str, ...]:
     """The part of the command line that is the same for every sandbox of this machine."""
     words = ["--unshare-user", "--unshare-ipc", "--unshare-pid", "--unshare-net", "--unshare-uts"]
     words += ["--unshare-cgroup-try", "--die-with-parent", "--new-session", "--as-pid-1"]
     words += ["--uid", "1000", "--gid", "1000", "--hostname", "pocket", "--cap-drop", "ALL", "--clearenv"]
+    if _can_forbid_namespaces():
+        words.append("--disable-userns")
     for name, value in ENVIRONMENT.items():
         words += ["--setenv", name, value]
     words += ["--ro-bind", "/usr", "/usr"]
@@ -85,6 +98,16 @@ def _arguments() -> tuple[str, ...]:
     for path in ("/etc/alternatives", "/etc/ld.so.cache"):
         words += ["--ro-bind-try", path, path]
     return (*words, "--proc", "/proc", "--dev", "/dev", "--size", str(2**24), "--tmpfs", "/dev/shm")
+
+
+def _program(name: str) -> str:
+    """The path of a program; its bare name if there is none."""
+    return _find(name, os.environ.get("PATH"))
+
+
+@cache
+def _find(name: str, path: str | None) -> str:
+    return shutil.which(name, path=path) or name
 
 
 @cache
@@ -115,12 +138,12 @@ def _agent(pid: int) -> str:
     return path
 
 
-def _memory_file(text: str) -> int:
-    """An open file that holds the text and has no name."""
+def _memory_file(data: bytes) -> int:
+    """An open file that holds the data and has no name."""
     file = os.memfd_create("pocket")
-    data = memoryview(text.encode())
-    while data:
-        data = data[os.write(file, data) :]
+    left = memoryview(data)
+    while left:
+        left = left[os.write(file, left) :]
     os.lseek(file, 0, os.SEEK_SET)
     return file
 
@@ -145,12 +168,14 @@ class BubblewrapSandbox:
     def _start(self, files: Mapping[str, str], cleanup: contextlib.ExitStack) -> None:
         info, info_writer = os.pipe()
         cleanup.callback(os.close, info)
-        given = {"": info_writer}
+        given = {INFO: info_writer}
         try:
+            if program := seccomp.program():
+                given[SECCOMP] = _memory_file(program)
             for path, text in files.items():
-                given[f"/workspace/{tree.relative(path)}"] = _memory_file(text)
+                given[f"/workspace/{tree.relative(path)}"] = _memory_file(text.encode())
             for path, text in ACCOUNTS.items():
-                given[path] = _memory_file(text)
+                given[path] = _memory_file(text.encode())
             command = self._command(given, files)
             start = _spawner(os.getpid()).submit(
                 subprocess.Popen,
@@ -193,19 +218,23 @@ class BubblewrapSandbox:
 
     def _command(self, given: Mapping[str, int], files: Mapping[str, str]) -> list[str]:
         size = str(self.limits.workspace_bytes)
-        words = [shutil.which("bwrap") or "bwrap", *_arguments(), "--info-fd", str(given[""])]
+        words = [_program("bwrap"), *_arguments()]
         words += ["--ro-bind", _agent(os.getpid()), "/run/agent", "--ro-bind", self._folder, "/run/pocket"]
         words += ["--size", size, "--tmpfs", "/workspace", "--size", size, "--tmpfs", "/tmp"]
-        scripts = {f"/workspace/{tree.relative(path)}" for path, text in files.items() if text.startswith("#!")}
+        scripts = {
+            f"/workspace/{tree.relative(path)}" for path, text in files.items() if text.startswith("#!")
+        }
         for path, descriptor in given.items():
-            if path:
+            if path in (INFO, SECCOMP):
+                words += [path, str(descriptor)]
+            else:
                 words += ["--perms", "0755" if path in scripts else "0644", "--file", str(descriptor), path]
         words += ["--remount-ro", "/dev", "--remount-ro", "/", "--chdir", "/workspace"]
-        words += ["/run/agent", "--norc", "--noprofile", "-c", self._ulimits() + AGENT]
+        words += ["/run/agent", "--norc", "--noprofile", "-c", AGENT.format(limits=self._ulimits()), "bash"]
         if os.geteuid() == 0:
             # The kernel does not limit the processes of root, and root cannot write to the sandbox's tmpfs.
             identity = [f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups"]
-            words = [shutil.which("setpriv") or "setpriv", *identity, *words]
+            words = [_program("setpriv"), *identity, *words]
         return words
 
     def _await_ready(self) -> None:
@@ -221,13 +250,13 @@ class BubblewrapSandbox:
             said += part
 
     def _ulimits(self) -> str:
-        """The agent's first commands; what it starts inherits these limits.  Values over a hard limit change nothing."""
+        """The agent's first commands, inherited by all it starts.  A value over a hard limit does nothing."""
         limits = self.limits
         kib = {"v": limits.memory_bytes, "f": limits.workspace_bytes, "l": 0, "c": 0}
         values = {letter: size // 1024 for letter, size in kib.items()} | {"t": limits.cpu_seconds, "n": 256}
         if _counts_processes_by_namespace():
             values["u"] = limits.processes
-        return "exec 3>&2 2>/dev/null\n" + "".join(f"ulimit -{letter} {value}\n" for letter, value in values.items())
+        return " ".join(f"ulimit -{letter} {value};" for letter, value in values.items())
 
     def run(self, script: str, *, stdin: bytes = b"", seconds: float | None = None) -> CommandResult:
         """Run a bash script in the workspace root."""
@@ -262,7 +291,7 @@ class BubblewrapSandbox:
                     os.unlink(path)
 
     def _await_end(self, seconds: float) -> CommandResult:
-        """Collect output until the agent reports the end, which a deadline, or too much memory or output, brings."""
+        """Collect output until the agent reports the end, forced by time, memory or output where need be."""
         start = time.monotonic()
         forced: int | None = None
         timed_out = cut = False
@@ -278,7 +307,9 @@ class BubblewrapSandbox:
             now = time.monotonic()
             if now >= give_up:
                 self._kill()
-                raise SandboxError(f"the sandbox did not end a call within {KILL_SECONDS:g} s of its deadline")
+                raise SandboxError(
+                    f"the sandbox did not end a call within {KILL_SECONDS:g} s of its deadline"
+                )
             if forced is None and now >= start + seconds:
                 forced, timed_out = TIMED_OUT, True
             if now >= next_look:
@@ -382,7 +413,9 @@ class BubblewrapProvider:
     def probe(self) -> None:
         """Open a sandbox and look for what the tasks use.  Raises SandboxUnavailable."""
         if shutil.which("bwrap") is None:
-            raise SandboxUnavailable("bwrap is not installed: `apt install bubblewrap`, or use --pocket-sandbox=docker")
+            raise SandboxUnavailable(
+                "bwrap is not installed: `apt install bubblewrap`, or use --pocket-sandbox=docker"
+            )
         if os.geteuid() == 0 and shutil.which("setpriv") is None:
             raise SandboxUnavailable("setpriv, which root needs, is not installed: `apt install util-linux`")
         try:
@@ -390,14 +423,18 @@ class BubblewrapProvider:
         except SandboxError as error:
             raise SandboxUnavailable(f"bwrap does not work here: {error}. {_advice(str(error))}") from error
         try:
-            found = sandbox.run('cat probe; for c in git python3 grep; do "$c" --version >/dev/null 2>&1 || echo "$c"; done')
+            found = sandbox.run(
+                'cat probe; for c in git python3 grep; do "$c" --version >/dev/null 2>&1 || echo "$c"; done'
+            )
         except SandboxError as error:
             raise SandboxUnavailable(f"bwrap does not work here: {error}") from error
         finally:
             sandbox.close()
         if found.output != b"ok\n":
             missing = " ".join(found.output.decode(errors="replace").split()[1:])
-            raise SandboxUnavailable(f"not usable inside the sandbox: {missing}; `apt install {missing}` puts it in /usr")
+            raise SandboxUnavailable(
+                f"not usable inside the sandbox: {missing}; `apt install {missing}` puts it in /usr"
+            )
 
     def open(self, files: Mapping[str, str], limits: Limits = Limits()) -> BubblewrapSandbox:
         """A fresh workspace."""

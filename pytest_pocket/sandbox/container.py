@@ -24,7 +24,7 @@ DEFAULT_IMAGE = "python:3.11"
 """Needs bash, git, python3 and tar.  The environment variable POCKET_SANDBOX_IMAGE names another."""
 ENVIRONMENT = {
     "HOME": "/workspace",
-    "LANG": "C.UTF-8",
+    "LC_CTYPE": "C.UTF-8",
     "TZ": "UTC",
     "PYTHONDONTWRITEBYTECODE": "1",
     "PYTHONHASHSEED": "0",
@@ -47,11 +47,19 @@ def image() -> str:
 
 def start_command(engine: str, name: str, limits: Limits) -> list[str]:
     """The command line that starts a container which waits for calls."""
-    # Podman would copy what the image has there, owner and mode included.
-    size = f"{limits.workspace_bytes},mode=1777" + (",notmpcopyup" if os.path.basename(engine) == "podman" else "")
+    size = f"{limits.workspace_bytes},mode=1777"
     words = [engine, "run", "--detach", "--rm", "--name", name, "--network", "none", "--read-only"]
     words += ["--user", "1000:1000", "--cap-drop", "ALL", "--security-opt", "no-new-privileges"]
-    words += ["--pids-limit", str(limits.processes), "--ulimit", f"cpu={limits.cpu_seconds}", "--ulimit", "core=0"]
+    words += [
+        "--pids-limit",
+        str(limits.processes),
+        "--ulimit",
+        f"cpu={limits.cpu_seconds}",
+        "--ulimit",
+        "core=0",
+        "--ulimit",
+        "nofile=1024:1024",
+    ]
     words += ["--memory", str(limits.memory_bytes), "--memory-swap", str(limits.memory_bytes)]
     words += ["--tmpfs", f"/workspace:rw,exec,nosuid,nodev,size={size}"]
     words += ["--tmpfs", f"/tmp:rw,exec,nosuid,nodev,size={size}"]
@@ -124,8 +132,15 @@ class ContainerSandbox:
         archive = packed(files)
         self._control(start_command(engine, self._name, limits), START_SECONDS)
         try:
-            if files and (made := self.run("tar -xf - --no-same-owner", stdin=archive, seconds=START_SECONDS)).status:
-                raise SandboxError(f"cannot fill the workspace: {made.output.decode(errors='replace').strip()}")
+            if (
+                files
+                and (
+                    made := self.run("tar -xf - --no-same-owner", stdin=archive, seconds=START_SECONDS)
+                ).status
+            ):
+                raise SandboxError(
+                    f"cannot fill the workspace: {made.output.decode(errors='replace').strip()}"
+                )
         except BaseException:
             self.close()
             raise
@@ -143,14 +158,21 @@ class ContainerSandbox:
         if "\0" in script:
             raise ValueError("a script cannot contain a NUL byte")
         with self._busy:
-            return self._call(script, stdin, self.limits.call_seconds if seconds is None else seconds, self.limits.output_bytes)
+            return self._call(
+                script,
+                stdin,
+                self.limits.call_seconds if seconds is None else seconds,
+                self.limits.output_bytes,
+            )
 
     def _call(self, script: str, stdin: bytes, seconds: float, output_bytes: int) -> CommandResult:
         """One ``exec``, and afterwards the end of whatever it left."""
         if self._closed.is_set():
             raise SandboxError("the sandbox is closed")
         command = [self._engine, "exec", "--interactive", self._name, "bash", "-c", script, "bash"]
-        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, bufsize=0)
+        process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, bufsize=0
+        )
         feeder = threading.Thread(target=_feed, args=(process, stdin), daemon=True)
         feeder.start()
         try:
@@ -174,14 +196,18 @@ class ContainerSandbox:
     def _kill_others(self) -> None:
         for attempt in range(5):
             try:
-                return self._control([self._engine, "exec", self._name, "bash", "-c", KILL_OTHERS], KILL_SECONDS)
+                return self._control(
+                    [self._engine, "exec", self._name, "bash", "-c", KILL_OTHERS], KILL_SECONDS
+                )
             except SandboxError:
                 if attempt == 4 or self._closed.is_set():
                     raise
                 self._control([self._engine, "kill", "--signal", "USR1", self._name], KILL_SECONDS)
         return None
 
-    def _collect(self, process: subprocess.Popen[bytes], seconds: float, max_bytes: int) -> tuple[bytes, bool]:
+    def _collect(
+        self, process: subprocess.Popen[bytes], seconds: float, max_bytes: int
+    ) -> tuple[bytes, bool]:
         """Output until its end, the deadline, or too much of it."""
         assert process.stdout
         deadline = time.monotonic() + seconds
@@ -244,11 +270,13 @@ class ContainerProvider:
             sandbox = self.open({"probe": "ok\n"})
         except SandboxError as error:
             raise SandboxUnavailable(
-                f"{self.name} does not work here: {error}. Is its service running, and the image {image()} there "
-                f"(`{self.name} pull {image()}`, or POCKET_SANDBOX_IMAGE)?"
+                f"{self.name} does not work here: {error}. Is its service running, and the image "
+                f"{image()} there (`{self.name} pull {image()}`, or POCKET_SANDBOX_IMAGE)?"
             ) from error
         try:
-            found = sandbox.run("cat probe; for c in git python3 grep; do $c --version >/dev/null || echo $c; done")
+            found = sandbox.run(
+                "cat probe; for c in git python3 grep; do $c --version >/dev/null || echo $c; done"
+            )
         except SandboxError as error:
             raise SandboxUnavailable(f"{self.name} does not work here: {error}") from error
         finally:

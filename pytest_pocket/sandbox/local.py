@@ -55,14 +55,20 @@ class LocalSandbox:
                 process = subprocess.Popen(
                     ["bash", "-c", script, "bash"],
                     cwd=self._workspace,
-                    env={"PATH": os.environ.get("PATH", os.defpath), "HOME": self._workspace, "LANG": "C.UTF-8"},
+                    env={
+                        "PATH": os.environ.get("PATH", os.defpath),
+                        "HOME": self._workspace,
+                        "LANG": "C.UTF-8",
+                    },
                     stdin=given,
                     stdout=output,
                     stderr=output,
                     start_new_session=True,
                 )
                 try:
-                    forced = self._await_end(process, output, self.limits.call_seconds if seconds is None else seconds)
+                    forced = self._await_end(
+                        process, output, self.limits.call_seconds if seconds is None else seconds
+                    )
                 finally:
                     with contextlib.suppress(ProcessLookupError):
                         os.killpg(process.pid, signal.SIGKILL)
@@ -89,7 +95,9 @@ class LocalSandbox:
         text = output.read(self.limits.output_bytes + 1)
         cut = len(text) > self.limits.output_bytes
         # As a shell shows a death by signal.
-        return CommandResult(128 - status if status < 0 else status, text[: self.limits.output_bytes], timed_out, cut)
+        return CommandResult(
+            128 - status if status < 0 else status, text[: self.limits.output_bytes], timed_out, cut
+        )
 
     def snapshot(self) -> Mapping[str, FileState]:
         """Every file of the workspace."""

@@ -44,7 +44,7 @@ def printable(name: str) -> str:
 
 
 def read(root: int, max_bytes: int) -> dict[str, FileState]:
-    """Every file under an open directory.  Contents beyond ``max_bytes`` in all (sparse files) are kind "other"."""
+    """Every file under an open directory.  What is beyond ``max_bytes`` in all (sparse files) is "other"."""
     found: dict[str, FileState] = {}
     left = max_bytes
     for seen, (path, state) in enumerate(_walk(root, "", MAX_DEPTH)):
@@ -56,13 +56,17 @@ def read(root: int, max_bytes: int) -> dict[str, FileState]:
             found[path] = state
         else:
             content = _content(*state, left)
-            found[path] = OTHER if content is None else FileState("file", content, bool(state[2] & stat.S_IXUSR))
+            found[path] = (
+                OTHER if content is None else FileState("file", content, bool(state[2] & stat.S_IXUSR))
+            )
             left -= len(content or b"")
     return found
 
 
-def _walk(folder: int, prefix: str, depth: int) -> Iterator[tuple[str, FileState | tuple[int, str, int] | None]]:
-    """Paths with a state, or with (folder, name, mode) for a regular file still to be read, or None where too deep."""
+def _walk(
+    folder: int, prefix: str, depth: int
+) -> Iterator[tuple[str, FileState | tuple[int, str, int] | None]]:
+    """Paths with a state, (folder, name, mode) of a file still to be read, or None where it is too deep."""
     with os.scandir(folder) as entries:
         for entry in entries:
             path = prefix + printable(entry.name)
@@ -91,7 +95,7 @@ def _walk_into(
 
 
 def _content(folder: int, name: str, mode: int, max_bytes: int) -> bytes | None:
-    """The bytes of a regular file; None when its owner may not read it (root could) or it is over ``max_bytes``."""
+    """The bytes of a file; None when its owner may not read it (root could) or it is over ``max_bytes``."""
     if not mode & stat.S_IRUSR:
         return None
     file = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=folder)

@@ -1,0 +1,129 @@
+"""Options: what a session is asked to do, read from the command line and the ini file, and checked.
+
+Every value is checked before anything runs, and each complaint is one line that says what was wrong, with the
+value, and what to do.  Knows nothing of pytest: values come through one function.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from pytest_pocket.conditions import Condition, ConditionError, grid
+from pytest_pocket.episode import Budget
+from pytest_pocket.sandbox import PROVIDERS
+from pytest_pocket.task import SPLITS, Split
+
+MAX_RUNS = 10_000
+"""Each ``--pocket-seed`` owns this many instances of a task."""
+MAX_SEED = 99_999
+
+
+class OptionError(ValueError):
+    """An option that cannot be followed, said in one line: what, the value, what to do."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """A checked set of options.  ``models`` are names as given, in their order, without repetition."""
+
+    models: tuple[str, ...]
+    conditions: tuple[Condition, ...]
+    runs: int
+    samples: int
+    split: Split
+    seed: int
+    in_flight: int
+    budget: Budget
+    sandbox: str
+    records: Path | None
+    fail_under: float | None
+
+
+def read(get: Callable[[str], str]) -> Options:
+    """The options, by their names without ``--pocket-``; an empty value is the default.  Raises OptionError."""
+    models = tuple(dict.fromkeys(_listed(get("model"))))
+    if get("model") and not models:
+        raise OptionError("--pocket-model names no model: give a name, or see --pocket-list")
+    options = Options(
+        models=models,
+        conditions=_conditions(get),
+        runs=_integer("runs", get("runs") or "1", 1, MAX_RUNS),
+        samples=_integer("samples", get("samples") or "1", 1, 10_000),
+        split=_split(get("split") or "eval"),
+        seed=_integer("seed", get("seed") or "0", 0, MAX_SEED),
+        in_flight=_integer("in-flight", get("in_flight") or "16", 1, 1024),
+        budget=_budget(get),
+        sandbox=_choice("sandbox", get("sandbox") or "auto", ("auto", *PROVIDERS)),
+        records=Path(directory) if (directory := get("records")) else None,
+        fail_under=_number("fail-under", value, 0.0, 1.0) if (value := get("fail_under")) else None,
+    )
+    if options.samples > 1 and (greedy := [c for c in options.conditions if c.temperature == 0]):
+        raise OptionError(
+            f"--pocket-samples {options.samples} with temperature 0 ({greedy[0].slug}) would repeat one attempt: "
+            "set --pocket-temperature above 0"
+        )
+    return options
+
+
+def _listed(value: str) -> list[str]:
+    """The parts of a list as users write one: commas on a command line, lines in an ini file."""
+    return [part.strip() for line in value.splitlines() for part in line.split(",") if part.strip()]
+
+
+def _conditions(get: Callable[[str], str]) -> tuple[Condition, ...]:
+    lists: list[Sequence[str]] = []
+    for name, default in (("prompt", "raw,full"), ("think", "off"), ("temperature", "0"), ("best_of", "1")):
+        values = _listed(get(name) or default)
+        if not values:
+            raise OptionError(f"--pocket-{name.replace('_', '-')} {get(name)!r} holds no value: leave it out, or give one")
+        lists.append(values)
+    try:
+        return tuple(grid(*lists))
+    except ConditionError as error:
+        raise OptionError(str(error)) from None
+
+
+def _budget(get: Callable[[str], str]) -> Budget:
+    default = Budget()
+    return Budget(
+        turns=_integer("max-turns", get("max_turns") or str(default.turns), 1, 1000),
+        tokens=default.tokens,
+        reply_tokens=default.reply_tokens,
+        seconds=_number("timeout", get("timeout") or str(default.seconds), 0.1, 86_400.0),
+    )
+
+
+def _split(value: str) -> Split:
+    for split in SPLITS:
+        if split == value:
+            return split
+    raise OptionError(f"--pocket-split {value!r}: choose from {', '.join(SPLITS)}")
+
+
+def _choice(name: str, value: str, choices: Sequence[str]) -> str:
+    if value not in choices:
+        raise OptionError(f"--pocket-{name} {value!r}: choose from {', '.join(choices)}")
+    return value
+
+
+def _integer(name: str, value: str, low: int, high: int) -> int:
+    try:
+        number = int(value)
+    except ValueError:
+        raise OptionError(f"--pocket-{name} {value!r}: give a whole number from {low} to {high}") from None
+    if not low <= number <= high:
+        raise OptionError(f"--pocket-{name} {number}: give a whole number from {low} to {high}")
+    return number
+
+
+def _number(name: str, value: str, low: float, high: float) -> float:
+    try:
+        number = float(value)
+    except ValueError:
+        number = math.nan
+    if not low <= number <= high:
+        raise OptionError(f"--pocket-{name} {value!r}: give a number from {low:g} to {high:g}")
+    return number

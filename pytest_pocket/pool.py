@@ -1,0 +1,93 @@
+"""The pool: many episodes in flight in one process, so that engines batch.
+
+pytest asks for results one after the other; the pool plays ahead of it, a window of cells at a time, in the
+same order.  The window is bounded, because a finished attempt that waits to be asked for holds its workspace.
+Threads are daemons: an engine that ignores a cancellation cannot keep the interpreter alive.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Hashable, Iterable
+from concurrent.futures import Future
+from typing import Generic, TypeVar
+
+from pytest_pocket.chat import Cancelled
+
+C = TypeVar("C", bound=Hashable)
+R = TypeVar("R")
+
+AHEAD = 4
+"""How many cells a window holds for each one in flight: slow ones at its head must not starve the engine."""
+
+
+class Pool(Generic[C, R]):
+    """Plays cells by ``play`` on ``in_flight`` threads.  The first request starts it."""
+
+    def __init__(self, play: Callable[[C], R], cells: Iterable[C], in_flight: int) -> None:
+        self._play = play
+        self._futures: dict[C, Future[R]] = {cell: Future() for cell in cells}
+        self._waiting = list(reversed(self._futures.items()))
+        self._threads = [
+            threading.Thread(target=self._work, name=f"pocket-{number}", daemon=True)
+            for number in range(min(in_flight, len(self._futures)))
+        ]
+        self._window = in_flight * AHEAD
+        self._begun = 0
+        self._claimed = 0
+        self._changed = threading.Condition()
+
+    def result(self, cell: C) -> R:
+        """The result of a cell, waited for.  Raises what ``play`` raised, Cancelled after ``cancel``.
+
+        A cell that was asked for before, or that is not the pool's, is played here and now: a rerun is a
+        fresh attempt.
+        """
+        future = self._claim(cell)
+        return self._play(cell) if future is None else future.result()
+
+    def cancel(self, seconds: float = 1.0) -> None:
+        """Start nothing more, and wait for what is in flight; the caller has cancelled engines and sandboxes."""
+        with self._changed:
+            for _, future in self._waiting:
+                future.set_exception(Cancelled())
+            self._waiting.clear()
+            self._changed.notify_all()
+        deadline = time.monotonic() + seconds
+        for thread in self._threads:
+            if thread.ident is not None:
+                thread.join(max(0.0, deadline - time.monotonic()))
+
+    def _claim(self, cell: C) -> Future[R] | None:
+        """Take a cell's future out of the pool, and play next what pytest waits for, whatever the order."""
+        with self._changed:
+            for thread in self._threads:
+                if thread.ident is None:
+                    thread.start()
+            future = self._futures.pop(cell, None)
+            if future is None:
+                return None
+            self._claimed += 1
+            if (cell, future) in self._waiting:
+                self._waiting.remove((cell, future))
+                self._waiting.append((cell, future))
+            self._changed.notify_all()
+            return future
+
+    def _work(self) -> None:
+        while (taken := self._next()) is not None:
+            cell, future = taken
+            try:
+                future.set_result(self._play(cell))
+            except BaseException as error:
+                future.set_exception(error)
+            del cell, future, taken  # a result may hold a whole workspace
+
+    def _next(self) -> tuple[C, Future[R]] | None:
+        with self._changed:
+            self._changed.wait_for(lambda: not self._waiting or self._begun - self._claimed < self._window)
+            if not self._waiting:
+                return None
+            self._begun += 1
+            return self._waiting.pop()

@@ -1,0 +1,71 @@
+"""The system calls that a sandbox refuses: memory that no limit counts, tracing, and rarely audited corners.
+
+Without it a process could hold memory files (``memfd_create``) or segments (``shmget``) of any total size.
+"""
+
+from __future__ import annotations
+
+import platform
+import struct
+
+# Numbers: arch/x86/entry/syscalls/syscall_64.tbl and include/uapi/asm-generic/unistd.h of Linux.
+REFUSED = {
+    "x86_64": {
+        "shmget": 29,
+        "ptrace": 101,
+        "mount": 165,
+        "add_key": 248,
+        "request_key": 249,
+        "keyctl": 250,
+        "unshare": 272,
+        "perf_event_open": 298,
+        "setns": 308,
+        "process_vm_readv": 310,
+        "process_vm_writev": 311,
+        "memfd_create": 319,
+        "bpf": 321,
+        "userfaultfd": 323,
+        "io_uring_setup": 425,
+        "memfd_secret": 447,
+    },
+    "aarch64": {
+        "mount": 40,
+        "unshare": 97,
+        "ptrace": 117,
+        "shmget": 194,
+        "add_key": 217,
+        "request_key": 218,
+        "keyctl": 219,
+        "perf_event_open": 241,
+        "setns": 268,
+        "process_vm_readv": 270,
+        "process_vm_writev": 271,
+        "memfd_create": 279,
+        "bpf": 280,
+        "userfaultfd": 282,
+        "io_uring_setup": 425,
+        "memfd_secret": 447,
+    },
+}
+AUDIT_ARCHITECTURES = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
+# The x32 calls of x86_64 have numbers of their own from here on.
+FOREIGN = 0x40000000
+LOAD, EQUAL, AT_LEAST, RETURN = 0x20, 0x15, 0x35, 0x06
+ALLOW, KILL_PROCESS, EPERM = 0x7FFF0000, 0x80000000, 0x00050001
+
+
+def program(machine: str = platform.machine()) -> bytes:
+    """The filter as classic BPF (``struct sock_filter[]``); empty where the numbers are not known."""
+    if machine not in REFUSED:
+        return b""
+    numbers = sorted(REFUSED[machine].values())
+    steps = [
+        (LOAD, 0, 0, 4),
+        (EQUAL, 1, 0, AUDIT_ARCHITECTURES[machine]),
+        (RETURN, 0, 0, KILL_PROCESS),
+        (LOAD, 0, 0, 0),
+        (AT_LEAST, len(numbers) + 1, 0, FOREIGN),
+    ]
+    steps += [(EQUAL, len(numbers) - place, 0, number) for place, number in enumerate(numbers)]
+    steps += [(RETURN, 0, 0, ALLOW), (RETURN, 0, 0, EPERM)]
+    return b"".join(struct.pack("=HBBI", *step) for step in steps)

@@ -1,0 +1,208 @@
+"""The session: what one run of pytest plays, and with what: models, engines, sandboxes, records.
+
+It lives in the main process, or once in each xdist worker; the xdist controller has one that plays nothing but
+serves its engines.  Everything expensive is made when it is first needed.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from pytest_pocket import records, sandbox, task_list
+from pytest_pocket.attempt import Attempt, Cell, attempt
+from pytest_pocket.chat import Backend, Cancelled, ChatReply, ChatRequest
+from pytest_pocket.episode import Workshop
+from pytest_pocket.options import Options
+from pytest_pocket.pool import Pool
+from pytest_pocket.registry import Model, ModelError, Registry
+from pytest_pocket.sharing import RemoteBackend, Server, watch
+
+LOCAL = ("oracle", "noop")
+"""Backends that cost nothing, and run in each worker."""
+
+
+class Session:
+    """The models and cells of a session.  Raises ModelError for a name that is no model."""
+
+    def __init__(self, options: Options, registry: Registry, command: Sequence[str], directory: Path) -> None:
+        self.options = options
+        self.registry = registry
+        self.models: dict[str, Model] = {}
+        for model in map(registry.resolve, options.models):
+            if self.models.setdefault(model.name, model) != model:
+                raise ModelError(f"two models are called {model.name!r}: run them in two sessions")
+        self.labels = _labels(self.models.values())
+        self._command = command
+        self._directory = directory
+        self._engines: dict[str, Backend] = {}
+        self._loading = threading.Lock()
+        self._remote: tuple[str, bytes] | None = None
+        self._run: records.Run | None = None
+        self._workshop: Workshop | None = None
+        self._pool: Pool[Cell, Attempt] | None = None
+        self._server: Server | None = None
+        self._cancelled = False
+        self._played: dict[Cell, int] = {}
+
+    def cells(self, task: str) -> list[Cell]:
+        """The cells of a task: model by model, condition by condition, then runs and samples."""
+        options = self.options
+        return [
+            Cell(task, model, condition, run, sample, options.samples, self.labels[model])
+            for model in self.models
+            for condition in options.conditions
+            for run in range(1, options.runs + 1)
+            for sample in range(options.samples)
+        ]
+
+    @property
+    def records_directory(self) -> Path | None:
+        """Where the records are; None before the session has opened."""
+        return self._run.directory if self._run else None
+
+    def open(self) -> None:
+        """Find a sandbox that works, and begin the records.
+
+        Raises SandboxUnavailable or RecordsError, and then leaves no record.
+        """
+        self._workshop = Workshop(sandbox.select(self.options.sandbox))
+        options = {key: str(value) if isinstance(value, Path) else value for key, value in asdict(self.options).items()}
+        info = records.describe(
+            command=self._command,
+            models=self.models.values(),
+            seed=self.options.seed,
+            options={**options, "sandbox": self._workshop.provider.name},
+            directory=self._directory,
+        )
+        self._run = records.start(self.options.records, info)
+
+    def engine(self, name: str) -> Backend:
+        """The engine of a model, loaded once.  Raises ModelError, in words for the user, whatever went wrong."""
+        with self._loading:
+            if self._cancelled:
+                raise Cancelled
+            if name not in self._engines:
+                self._engines[name] = self._build(self.models[name])
+            return self._engines[name]
+
+    def prepare(self, cells: Iterable[Cell]) -> None:
+        """Load the engines that the cells need, so that a bad one is known before anything is played.
+
+        Raises ModelError, also for a model that is to think and cannot.
+        """
+        wanted: dict[str, bool] = {}
+        for cell in cells:
+            wanted[cell.model] = wanted.get(cell.model, False) or cell.condition.think
+        for name, think in wanted.items():
+            check_think(name, self.engine(name), think)
+
+    def start_pool(self, cells: Iterable[Cell]) -> None:
+        """From now on, play ahead of what is asked for."""
+        self._pool = Pool(self.play, cells, self.options.in_flight)
+
+    def result(self, cell: Cell) -> Attempt:
+        """The attempt at a cell: from the pool where there is one, else played here.  Raises as ``play``."""
+        return self._pool.result(cell) if self._pool else self.play(cell)
+
+    def play(self, cell: Cell) -> Attempt:
+        """Play a cell and record it.  Raises Cancelled (nothing is recorded), ModelError, RecordsError."""
+        assert self._workshop and self._run, "the session has not been opened"
+        options = self.options
+        done = attempt(cell, self.engine(cell.model), self._workshop, options.budget, options.seed, options.split)
+        rerun = self._played.get(cell, 0)
+        self._played[cell] = rerun + 1
+        for candidate, episode in enumerate(done.episodes):
+            line = records.record(
+                cell=cell,
+                model=self.models[cell.model],
+                episode=episode,
+                split=options.split,
+                group=task_list.find(cell.task).group,
+                chosen=candidate == done.chosen,
+                candidate=candidate,
+            )
+            self._run.append({**line, "rerun": rerun})
+        return done
+
+    def serve(self) -> dict[str, str | bytes]:
+        """Become the controller of xdist workers: what each must be told, made of plain values."""
+        assert self._workshop and self._run, "the session has not been opened"
+        self._server = self._server or Server(self._chat)
+        return {
+            "address": self._server.address,
+            "authkey": self._server.authkey,
+            "records": str(self._run.directory),
+            "sandbox": self._workshop.provider.name,
+        }
+
+    def join(self, told: Mapping[str, Any]) -> None:
+        """Become the session of an xdist worker, with what the controller tells."""
+        self._remote = told["address"], told["authkey"]
+        self._workshop = Workshop(sandbox.select(told["sandbox"]))
+        self._run = records.join(Path(told["records"]))
+        watch(*self._remote, self.cancel)
+
+    @property
+    def failure(self) -> ModelError | None:
+        """Why an engine could not be loaded for a worker."""
+        return self._server.failure if self._server else None
+
+    def cancel(self) -> None:
+        """End everything that is in flight, at once: requests and sandboxes first.  Idempotent, from any thread."""
+        self._cancelled = True
+        if self._server:
+            self._server.close()
+        for engine in tuple(self._engines.values()):
+            engine.cancel()
+        if self._workshop:
+            self._workshop.cancel()
+        if self._pool:
+            self._pool.cancel()
+
+    def close(self) -> None:
+        """Cancel what is left, and free the engines."""
+        self.cancel()
+        while self._engines:
+            self._engines.popitem()[1].close()
+
+    def _chat(self, name: str, request: ChatRequest) -> ChatReply:
+        """Answer a worker.  Raises ModelError, which ends the session."""
+        engine = self.engine(name)
+        check_think(name, engine, request.sampling.think)
+        return engine.chat(request)
+
+    def _build(self, model: Model) -> Backend:
+        if self._remote and model.backend not in LOCAL:
+            return RemoteBackend(*self._remote, model.name)
+        try:
+            return self.registry.build(model)
+        except (ModelError, Cancelled):
+            raise
+        except MemoryError:
+            raise ModelError(f"model {model.name!r} does not fit into memory: choose a smaller one") from None
+        except Exception as error:
+            reason = f"{type(error).__name__}: {error}".strip().splitlines()[0]
+            raise ModelError(f"cannot load model {model.name!r} ({model.backend}:{model.target}): {reason}") from error
+
+
+def check_think(name: str, engine: Backend, think: bool) -> None:
+    """Raise ModelError when a model is asked to think that is known to have no switch for it."""
+    if think and getattr(engine, "supports_think", None) is False:
+        raise ModelError(f"--pocket-think on: model {name!r} has no switch for thinking in its chat template; use off")
+
+
+def _labels(models: Iterable[Model]) -> dict[str, str]:
+    """Each model's part of a test id.  Two names with one slug are told apart by a number."""
+    labels: dict[str, str] = {}
+    for model in models:
+        label, number = model.slug, 1
+        while label in labels.values():
+            number += 1
+            label = f"{model.slug}_{number}"
+        labels[model.name] = label
+    return labels
+

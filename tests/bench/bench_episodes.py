@@ -1,0 +1,255 @@
+"""How fast the suite itself is: an instant scripted model, three turns, two sandboxed calls an episode.
+
+Run as ``python tests/bench/bench_episodes.py --out reports/bench/episodes.json``; ``--profile`` shows where
+the time goes.  Variants alternate within each repeat, so that a machine's slow moments fall on all of them
+alike; medians, and ratios to the serial loop, are printed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import cProfile
+import importlib.util
+import json
+import os
+import platform
+import pstats
+import re
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from pytest_pocket import records
+from pytest_pocket.chat import ChatReply, ChatRequest, ToolCall
+from pytest_pocket.conditions import Condition
+from pytest_pocket.episode import Episode, Workshop, play
+from pytest_pocket.registry import Model
+from pytest_pocket.sandbox import CommandResult, FileState, Limits
+from pytest_pocket.sandbox.bubblewrap import BubblewrapProvider
+from pytest_pocket.task import Check, Draw, Final, Instance, Problem, Score, Solution, Task, score
+
+TURNS = 3
+EVAL = 2 * 10**9
+
+
+class Toy(Task):
+    """Read a file, run a command, answer."""
+
+    name = "bench_toy"
+    group = "read"
+
+    def make(self, draw: Draw) -> Problem:
+        value = str(draw.number(1000, 9999))
+        files = {
+            "app.ini": f"[main]\nport = {value}\n",
+            "README.md": "# toy\n" * 20,
+            "src/a.py": "x = 1\n" * 50,
+        }
+        return Problem("Which port is in app.ini?", files, {"value": value})
+
+    def solve(self, instance: Instance) -> Solution:
+        yield ToolCall("Read", {"file_path": "app.ini"})
+        yield ToolCall("Bash", {"command": "ls; cat README.md"})
+        return str(instance.expect["value"])
+
+    def reward(self, instance: Instance, final: Final) -> Score:
+        return score(final, Check("value", float(final.answer == instance.expect["value"])))
+
+
+class Instant:
+    """Knows the three replies of every instance."""
+
+    def chat(self, request: ChatRequest) -> ChatReply:
+        results = [message.content for message in request.messages if message.role == "tool"]
+        if not results:
+            return ChatReply("", calls=(ToolCall("Read", {"file_path": "app.ini"}),), completion_tokens=20)
+        if len(results) == 1:
+            return ChatReply(
+                "", calls=(ToolCall("Bash", {"command": "ls; cat README.md"}),), completion_tokens=20
+            )
+        found = re.search(r"port = (\d+)", results[0])
+        return ChatReply(found[1] if found else "", completion_tokens=5)
+
+    def cancel(self) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class NullSandbox:
+    """Answers at once, from memory: what remains is the loop's own time."""
+
+    def __init__(self, files: Mapping[str, str]) -> None:
+        self.files = files
+        self.state = {path: FileState("file", text.encode()) for path, text in files.items()}
+
+    def run(self, script: str, *, stdin: bytes = b"", seconds: float | None = None) -> CommandResult:
+        return CommandResult(0, self.files["app.ini"].encode())
+
+    def snapshot(self) -> Mapping[str, FileState]:
+        return self.state
+
+    def close(self) -> None: ...
+
+
+class NullProvider:
+    name = "null"
+
+    def probe(self) -> None: ...
+
+    def open(self, files: Mapping[str, str], limits: Limits = Limits()) -> NullSandbox:
+        return NullSandbox(files)
+
+
+class Cell:
+    run, sample = 1, 0
+
+
+TASK = Toy()
+MODEL = Model("instant", "scripted")
+
+
+def one(number: int, workshop: Workshop, run: records.Run) -> Episode:
+    """One whole episode as a session plays it: built, played, recorded."""
+    episode = play(TASK, TASK.build(EVAL + number), Instant(), workshop, Condition("full"))
+    assert episode.outcome == "passed", (episode.outcome, episode.detail)
+    run.append(records.record(cell=Cell(), model=MODEL, episode=episode, split="eval", group="read"))
+    return episode
+
+
+def episodes(count: int, in_flight: int, workshop: Workshop, folder: Path) -> float:
+    """Episodes per second."""
+    run = records.start(folder / f"{time.monotonic_ns()}", {"schema": records.SCHEMA})
+    start = time.perf_counter()
+    if in_flight == 1:
+        for number in range(count):
+            one(number, workshop, run)
+    else:
+        with ThreadPoolExecutor(in_flight) as pool:
+            list(pool.map(lambda number: one(number, workshop, run), range(count)))
+    return count / (time.perf_counter() - start)
+
+
+def own_milliseconds_a_turn(count: int, folder: Path) -> float:
+    return 1000 / episodes(count, 1, Workshop(NullProvider()), folder) / TURNS
+
+
+def cpu_seconds() -> float:
+    usages = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(usage.ru_utime + usage.ru_stime for usage in usages)
+
+
+def sandbox_milliseconds(count: int) -> tuple[float, float]:
+    """CPU and wall milliseconds of one sandbox: opened with three files, two calls, closed."""
+    provider, files = BubblewrapProvider(), TASK.build(EVAL).files
+    cpu, wall = cpu_seconds(), time.perf_counter()
+    for _ in range(count):
+        sandbox = provider.open(files)
+        sandbox.run("cat app.ini")
+        sandbox.run("ls; cat README.md")
+        sandbox.close()
+    return 1000 * (cpu_seconds() - cpu) / count, 1000 * (time.perf_counter() - wall) / count
+
+
+def xdist_episodes(workers: int, runs: int) -> float | None:
+    """Episodes per second of the oracle on the 19 tasks through pytest, less its start, if it can run."""
+    if not all(map(importlib.util.find_spec, ("xdist", "pytest_pocket.plugin"))):
+        return None
+
+    def seconds(runs: int) -> float:
+        command = [sys.executable, "-m", "pytest", "-q", "--pyargs", "pytest_pocket.tasks", f"-n{workers}"]
+        command += ["--pocket-model=oracle", "--pocket-prompt=raw", f"--pocket-runs={runs}"]
+        with tempfile.TemporaryDirectory() as folder:
+            start = time.perf_counter()
+            command.append(f"--pocket-records={folder}/run")
+            done = subprocess.run(command, capture_output=True, text=True)
+            taken = time.perf_counter() - start
+        if done.returncode:
+            raise SystemExit(f"pytest -n {workers} failed:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
+        return taken
+
+    return 19 * (runs - 1) / (seconds(runs) - seconds(1))
+
+
+def measure(count: int, repeats: int) -> dict[str, list[float]]:
+    """The samples of every variant, by name."""
+    workshop = Workshop(BubblewrapProvider())
+    found: dict[str, list[float]] = {}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        episodes(4, 1, workshop, folder)
+        variants: dict[str, Callable[[], float]] = {
+            "serial_episodes_per_s": lambda: episodes(count, 1, workshop, folder),
+            "in_flight_8_episodes_per_s": lambda: episodes(count, 8, workshop, folder),
+            "in_flight_32_episodes_per_s": lambda: episodes(count, 32, workshop, folder),
+            "own_ms_per_turn": lambda: own_milliseconds_a_turn(count, folder),
+        }
+        for repeat in range(repeats):
+            for label, variant in variants.items():
+                found.setdefault(label, []).append(variant())
+            cpu, wall = sandbox_milliseconds(count // 2)
+            found.setdefault("sandbox_cpu_ms", []).append(cpu)
+            found.setdefault("sandbox_wall_ms", []).append(wall)
+            if repeat < 2 and (rate := xdist_episodes(2, 6)):
+                found.setdefault("oracle_19_tasks_n2_episodes_per_s", []).append(rate)
+    return found
+
+
+def profile(count: int) -> None:
+    """Print where a serial run spends its time: with a null sandbox, then with the real one."""
+    with tempfile.TemporaryDirectory() as name:
+        for workshop in (Workshop(NullProvider()), Workshop(BubblewrapProvider())):
+            profiler = cProfile.Profile()
+            profiler.runcall(episodes, count, 1, workshop, Path(name))
+            print(f"\n{workshop.provider.name}")
+            pstats.Stats(profiler).sort_stats("tottime").print_stats(18)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, help="where to write the JSON")
+    parser.add_argument("--episodes", type=int, default=150)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--profile", action="store_true")
+    options = parser.parse_args()
+    if options.profile:
+        profile(options.episodes)
+        return
+    load = os.getloadavg()[0]
+    if load > 1:
+        print(f"the machine is busy (load {load:.1f}): these numbers will be too low", file=sys.stderr)
+    samples = measure(options.episodes, options.repeats)
+    medians = {label: round(statistics.median(values), 3) for label, values in samples.items()}
+    serial = medians["serial_episodes_per_s"]
+    report: dict[str, Any] = {
+        "medians": medians,
+        "ratios_to_serial": {
+            label: round(value / serial, 3)
+            for label, value in medians.items()
+            if label.startswith("in_flight")
+        },
+        "samples": {label: [round(value, 3) for value in values] for label, values in samples.items()},
+        "setting": {
+            "episodes": options.episodes,
+            "turns": TURNS,
+            "sandboxed_calls": 2,
+            "cores": os.cpu_count(),
+            "load_before": round(load, 2),
+            "python": platform.python_version(),
+            "machine": platform.machine(),
+        },
+    }
+    print(json.dumps({key: report[key] for key in ("medians", "ratios_to_serial", "setting")}, indent=2))
+    if options.out:
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        options.out.write_text(json.dumps(report, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

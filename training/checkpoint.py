@@ -1,0 +1,76 @@
+"""Checkpoints: weights, tokenizer, template and the manifest that makes them a model of the suite."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shutil
+import subprocess
+import time
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from pytest_pocket.registry import MANIFEST, file_hash, sha256_json, tools_hash
+from pytest_pocket.task import SUITE_VERSION
+
+
+def save(
+    directory: Path,
+    model: Any,
+    tokenizer: Any,
+    *,
+    name: str,
+    stage: str,
+    parent: str,
+    description: str,
+    facts: Mapping[str, Any],
+    curve: Sequence[Mapping[str, float]],
+) -> None:
+    """Write a checkpoint: bf16 safetensors, tokenizer, chat template, curve, manifest.  Complete or not at all."""
+    partial = directory.with_name(f".{directory.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    import copy
+
+    import torch
+
+    copy.deepcopy(model).to(device="cpu", dtype=torch.bfloat16).save_pretrained(partial)
+    tokenizer.save_pretrained(partial)
+    (partial / "curve.json").write_text(json.dumps(list(curve)) + "\n")
+    manifest = {
+        "name": name,
+        "stage": stage,
+        "parent": parent,
+        "description": description,
+        "suite": SUITE_VERSION,
+        "tools_sha256": tools_hash(),
+        "template_sha256": file_hash(partial / "chat_template.jinja"),
+        "files": {path.name: file_hash(path) for path in sorted(partial.iterdir())},
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "commit": commit(),
+        "made": time.strftime("%Y-%m-%d", time.gmtime()),
+        "hardware": f"{platform.machine()}, {os.cpu_count()} cores",
+        "versions": {package: version(package) for package in ("torch", "transformers", "tokenizers")},
+        **facts,
+    }
+    (partial / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
+    shutil.rmtree(directory, ignore_errors=True)
+    os.replace(partial, directory)
+
+
+def commit() -> str:
+    """The commit of the checkout that this code runs from, or "unknown"."""
+    found = subprocess.run(
+        ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"], capture_output=True, text=True, check=False
+    )
+    return found.stdout.strip() or "unknown"
+
+
+def recipe_hash(recipe: Any) -> str:
+    """The hash of a recipe's values."""
+    import dataclasses
+
+    return sha256_json(dataclasses.asdict(recipe))

@@ -1,0 +1,231 @@
+"""The training loop that pretraining and SFT share: token budgets, Muon and AdamW, checkpoints, a curve.
+
+Why a loop of our own: measured on a prototype, Muon on the matrices with batches of about a thousand tokens
+reached in 4 CPU-minutes what AdamW with stock batches did not reach at all, and a run must survive a kill.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import random
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pytest_pocket.conditions import SYSTEM_PROMPTS
+from pytest_pocket.tools import SCHEMAS
+from pytest_pocket.training.data import Trace
+from pytest_pocket.training.recipe import Fit
+
+IGNORED = -100
+WARMUP = 0.02
+DECAY = 0.3
+SAVE_SECONDS = 120.0
+Example = tuple[list[int], list[int]]
+"""Token ids, and for each whether it is a target."""
+
+
+class TrainingError(RuntimeError):
+    """A run that cannot go on, said in one line; the last checkpoint is intact."""
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """One text to learn from: a trace under a condition, or plain source."""
+
+    ids: list[int]
+    targets: list[int]
+
+
+def render(tokenizer: Any, trace: Trace, prompt: str, think: bool, *, everything: bool) -> Rendered:
+    """A trace under a condition, by the chat template that the suite uses.
+
+    Targets are exactly the assistant's tokens (its thinking, calls and end token) of the turns with a weight;
+    ``everything`` makes all tokens targets, as pretraining wants.
+    """
+    system = SYSTEM_PROMPTS[prompt]
+    turns: list[dict[str, Any]] = [{"role": "system", "content": system}] if system else []
+    for message in trace.messages:
+        turns.append({k: v for k, v in message.items() if think or k != "reasoning_content"})
+    encoded = tokenizer.apply_chat_template(
+        turns, tools=list(SCHEMAS), enable_thinking=think, return_dict=True, return_assistant_tokens_mask=True
+    )
+    ids, mask = list(encoded["input_ids"]), list(encoded["assistant_masks"])
+    if everything:
+        return Rendered(ids, [1] * len(ids))
+    if sum(mask) == 0:
+        raise TrainingError("the chat template marks no assistant tokens: it needs {% generation %} around them")
+    return Rendered(ids, _weigh(mask, trace.weights))
+
+
+def _weigh(mask: list[int], weights: Sequence[float]) -> list[int]:
+    """The mask without the spans (runs of 1s, one an assistant turn) whose weight is 0."""
+    out, span, before = [], -1, 0
+    for flag in mask:
+        span += flag == 1 and before == 0
+        out.append(int(flag == 1 and weights[span] > 0))
+        before = flag
+    if span + 1 != len(weights):
+        raise TrainingError(f"{span + 1} assistant spans in the mask for {len(weights)} assistant turns")
+    return out
+
+
+def stream(
+    tokenizer: Any, traces: Sequence[Trace], plain: Sequence[str], fit: Fit, *, everything: bool
+) -> Iterator[Rendered]:
+    """Traces in random order under the recipe's conditions, without end, with plain source among them."""
+    choice = random.Random(fit.seed)
+    prompts, shares = zip(*fit.prompts.items(), strict=True)
+    while True:
+        for trace in choice.sample(traces, len(traces)):
+            prompt = choice.choices(prompts, shares)[0]
+            yield render(tokenizer, trace, prompt, choice.random() < fit.think, everything=everything)
+            if plain and choice.random() < fit.text_share:
+                ids = tokenizer(choice.choice(plain), add_special_tokens=False)["input_ids"][:512]
+                yield Rendered(ids, [1] * len(ids))
+
+
+def batches(examples: Iterator[Rendered], tokens: int, window: int = 64) -> Iterator[list[Rendered]]:
+    """Batches of at most ``tokens`` tokens, padding included, made of examples of like length."""
+    while True:
+        pool = sorted((next(examples) for _ in range(window)), key=lambda example: len(example.ids))
+        made: list[list[Rendered]] = [[]]
+        for example in pool:
+            if made[-1] and len(example.ids) * (len(made[-1]) + 1) > tokens:
+                made.append([])
+            made[-1].append(example)
+        random.Random(len(pool[0].ids)).shuffle(made)
+        yield from made
+
+
+def _optimizers(model: Any, fit: Fit) -> list[Any]:
+    import torch
+
+    matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name and "lm_head" not in name]
+    chosen = {id(p) for p in matrices}
+    rest = [p for p in model.parameters() if id(p) not in chosen]
+    return [
+        torch.optim.Muon(matrices, lr=fit.muon_lr, weight_decay=0.01, momentum=0.95),
+        torch.optim.AdamW(rest, lr=fit.adam_lr, betas=(0.9, 0.98), weight_decay=0.0),
+    ]
+
+
+def schedule(done: float) -> float:
+    """The factor on the learning rate when a share ``done`` of the tokens is seen: up, level, down."""
+    return min(1.0, (done + 1e-3) / WARMUP, max(0.02, (1.0 - done) / DECAY))
+
+
+def _tensors(batch: list[Rendered]) -> tuple[Any, Any, Any]:
+    import torch
+
+    width = max(len(example.ids) for example in batch)
+    ids = torch.zeros(len(batch), width, dtype=torch.long)
+    labels = torch.full_like(ids, IGNORED)
+    mask = torch.zeros_like(ids)
+    for row, example in enumerate(batch):
+        length = len(example.ids)
+        ids[row, :length] = torch.tensor(example.ids)
+        mask[row, :length] = 1
+        targets = torch.tensor(example.targets, dtype=torch.bool)
+        labels[row, :length][targets] = ids[row, :length][targets]
+    return ids, mask, labels
+
+
+def next_token_loss(model: Any, ids: Any, mask: Any, labels: Any) -> Any:
+    """The mean cross-entropy of the targets, from shapes [rows, width].
+
+    Only the targets' hidden states reach the output layer: in SFT three quarters of its work would be for nothing.
+    """
+    import torch
+
+    with torch.autocast(ids.device.type, torch.bfloat16):
+        hidden = model.get_decoder()(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+        wanted = labels[:, 1:] != IGNORED
+        logits = model.get_output_embeddings()(hidden[:, :-1][wanted])
+    return torch.nn.functional.cross_entropy(logits.float(), labels[:, 1:][wanted])
+
+
+def fit_model(
+    model: Any,
+    examples: Iterator[Rendered],
+    fit: Fit,
+    state: Path,
+    evaluate: Callable[[], dict[str, float]] | None = None,
+    evaluations: int = 0,
+    device: str = "cpu",
+) -> list[dict[str, float]]:
+    """Train until the recipe's tokens are seen; resumes from ``state`` if it is there.  Returns the curve.
+
+    Raises TrainingError at a loss that is not a number; the last saved state is then intact.
+    """
+    import torch
+
+    model.to(device).train()
+    optimizers = _optimizers(model, fit)
+    rates = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
+    curve: list[dict[str, float]] = []
+    seen = steps = 0
+    spent = 0.0
+    if state.is_file():
+        saved = torch.load(state, map_location=device, weights_only=True)
+        model.load_state_dict(saved["model"])
+        for optimizer, values in zip(optimizers, saved["optimizers"], strict=True):
+            optimizer.load_state_dict(values)
+        seen, steps, spent, curve = saved["seen"], saved["steps"], saved["spent"], saved["curve"]
+    source = batches(examples, fit.batch_tokens)
+    for _ in range(steps):
+        next(source)
+    started = last_save = time.monotonic()
+    recent: list[float] = []
+
+    def save() -> None:
+        partial = state.with_suffix(".partial")
+        torch.save(
+            {
+                "model": model.state_dict(),
+                "optimizers": [optimizer.state_dict() for optimizer in optimizers],
+                "seen": seen,
+                "steps": steps,
+                "spent": spent + time.monotonic() - started,
+                "curve": curve,
+            },
+            partial,
+        )
+        os.replace(partial, state)
+
+    while seen < fit.tokens:
+        ids, mask, labels = (tensor.to(device) for tensor in _tensors(next(source)))
+        loss = next_token_loss(model, ids, mask, labels)
+        if not math.isfinite(loss.item()):
+            raise TrainingError(f"the loss is {loss.item()} at step {steps}: lower the learning rates; last state: {state}")
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        factor = schedule(seen / fit.tokens)
+        for optimizer, base in zip(optimizers, rates, strict=True):
+            for group, rate in zip(optimizer.param_groups, base, strict=True):
+                group["lr"] = rate * factor
+            optimizer.step()
+            optimizer.zero_grad()
+        before, seen, steps = seen, seen + int(mask.sum()), steps + 1
+        recent.append(loss.item())
+        due = evaluations and seen * evaluations // fit.tokens > before * evaluations // fit.tokens
+        if steps % 100 == 0 or seen >= fit.tokens or due:
+            point = {"tokens": seen, "loss": sum(recent) / len(recent), "minutes": (spent + time.monotonic() - started) / 60}
+            recent.clear()
+            if due and evaluate:
+                model.eval()
+                point |= evaluate()
+                model.train()
+            curve.append(point)
+            print(json.dumps({key: round(value, 4) for key, value in point.items()}), file=sys.stderr, flush=True)
+        if time.monotonic() - last_save > SAVE_SECONDS:
+            save()
+            last_save = time.monotonic()
+    save()
+    model.eval()
+    return curve

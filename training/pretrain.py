@@ -1,0 +1,84 @@
+"""pretrain: from nothing to ``base``, by next-token prediction over a broad mixture.
+
+The mixture holds agentic traces as they come, mistakes and tool output included, and Python source; it has no
+system prompts.  The result can continue such text, and was never told what is good.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from pytest_pocket.training import checkpoint, data, fit, recipe, tokenizer
+from pytest_pocket.training.evaluate import on_dev
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Train a base model from scratch."""
+    parser = argparse.ArgumentParser(prog="pocket train pretrain", description=__doc__)
+    parser.add_argument("--recipe", default="tiny")
+    parser.add_argument("--traces", type=Path, default=Path(".pocket/data/traces.jsonl"))
+    parser.add_argument("--name", default="base")
+    parser.add_argument("--out", type=Path, default=Path(".pocket/checkpoints"))
+    parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0 leaves torch's choice")
+    parser.add_argument("--evaluations", type=int, default=0, help="dev evaluations along the way")
+    options = parser.parse_args(argv)
+
+    import torch
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    chosen = recipe.load(options.recipe)
+    torch.manual_seed(chosen.pretrain.seed)
+    traces = data.read(options.traces)
+    words = tokenizer.build(traces, chosen.vocabulary)
+    config = Qwen3Config(
+        vocab_size=len(words),
+        tie_word_embeddings=True,
+        eos_token_id=words.eos_token_id,
+        pad_token_id=words.pad_token_id,
+        bos_token_id=None,
+        **{key: value for key, value in chosen.model.items() if key != "rope_theta"},
+        rope_parameters={"rope_type": "default", "rope_theta": chosen.model["rope_theta"]},
+    )
+    model = Qwen3ForCausalLM(config)
+    examples = fit.stream(words, traces, tokenizer.sources(), chosen.pretrain, everything=True)
+    options.out.mkdir(parents=True, exist_ok=True)
+    curve = fit.fit_model(
+        model,
+        examples,
+        chosen.pretrain,
+        options.out / f"{options.name}.state",
+        lambda: on_dev(model, words),
+        options.evaluations,
+    )
+    checkpoint.save(
+        options.out / options.name,
+        model,
+        words,
+        name=options.name,
+        stage="base",
+        parent="",
+        description="tiny Qwen3, trained from scratch on agentic traces and Python source, without system prompts",
+        facts=facts(chosen, options.recipe, options.traces, chosen.pretrain, curve),
+        curve=curve,
+    )
+
+
+def facts(chosen: recipe.Recipe, name: str, traces: Path, stage: recipe.Fit, curve: Sequence[dict[str, float]]) -> dict[str, object]:
+    """What a manifest says of a run: recipe, data, seed, tokens, minutes."""
+    return {
+        "recipe": chosen.name,
+        "recipe_sha256": checkpoint.recipe_hash(chosen),
+        "data_sha256": checkpoint.file_hash(traces),
+        "seed": stage.seed,
+        "data_seed": chosen.data.seed,
+        "tokens": int(curve[-1]["tokens"]) if curve else 0,
+        "minutes": round(curve[-1]["minutes"], 1) if curve else 0.0,
+    }
+
+
+if __name__ == "__main__":
+    main()

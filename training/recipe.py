@@ -1,0 +1,94 @@
+"""Recipes: what a training run is told, read from TOML and checked before anything starts."""
+
+from __future__ import annotations
+
+import dataclasses
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pytest_pocket.conditions import SYSTEM_PROMPTS
+
+T = TypeVar("T")
+
+
+class RecipeError(ValueError):
+    """A recipe that cannot be run, said in one line: what, the value, what to do."""
+
+
+@dataclass(frozen=True)
+class Data:
+    """The traces: how many of each task, and the share that begins with a mistake and its recovery."""
+
+    episodes_per_task: int
+    stumble: float
+    seed: int
+
+
+@dataclass(frozen=True)
+class Fit:
+    """One stage.  ``prompts`` weighs the conditions of the traces, ``think`` is the share with thinking,
+    ``text_share`` that of plain source text among the tokens; ``tokens`` is how many are seen in all."""
+
+    prompts: Mapping[str, float]
+    think: float
+    text_share: float
+    tokens: int
+    batch_tokens: int
+    muon_lr: float
+    adam_lr: float
+    seed: int
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """All stages of a family.  ``model`` goes to transformers' Qwen3Config as it is."""
+
+    name: str
+    vocabulary: int
+    model: Mapping[str, Any]
+    data: Data
+    pretrain: Fit
+    sft: Fit
+
+
+def load(name: str) -> Recipe:
+    """The recipe of a name that ships, or of a path to a TOML file.  Raises RecipeError."""
+    path = Path(str(resources.files("pytest_pocket.training") / "recipes" / f"{name}.toml"))
+    if not path.is_file():
+        path = Path(name)
+    if not path.is_file():
+        shipped = ", ".join(sorted(file.stem for file in path.parent.glob("*.toml"))) or "tiny, smoke"
+        raise RecipeError(f"unknown recipe {name!r}: choose from {shipped}, or give the path of a TOML file")
+    try:
+        table = tomllib.loads(path.read_text())
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise RecipeError(f"recipe {path} is not TOML: {error}") from None
+    unknown = table.keys() - {"tokenizer", "model", "data", "pretrain", "sft"}
+    if unknown:
+        raise RecipeError(f"recipe {path} has unknown tables: {', '.join(sorted(unknown))}")
+    try:
+        recipe = Recipe(
+            path.stem,
+            table["tokenizer"]["vocabulary"],
+            table["model"],
+            _table(Data, table["data"]),
+            _table(Fit, table["pretrain"]),
+            _table(Fit, table["sft"]),
+        )
+    except (KeyError, TypeError) as error:
+        raise RecipeError(f"recipe {path}: {error}") from None
+    for fit in (recipe.pretrain, recipe.sft):
+        if wrong := fit.prompts.keys() - SYSTEM_PROMPTS.keys():
+            raise RecipeError(f"recipe {path}: unknown prompt {min(wrong)!r}: choose from {', '.join(SYSTEM_PROMPTS)}")
+    return recipe
+
+
+def _table(kind: type[T], table: Mapping[str, Any]) -> T:
+    known = {field.name for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    if unknown := table.keys() - known:
+        raise TypeError(f"unknown key {min(unknown)!r}: choose from {', '.join(sorted(known))}")
+    return kind(**table)

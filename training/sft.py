@@ -1,0 +1,68 @@
+"""sft: from a base model to one that follows the loop, by imitating validated traces.
+
+Only the assistant's own tokens are learned (thinking, calls, end of turn); prompts, tool output and the
+mistakes that some traces begin with are context.  The traces appear with and without system prompts.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from pytest_pocket.registry import Registry
+from pytest_pocket.training import checkpoint, data, fit, recipe
+from pytest_pocket.training.evaluate import on_dev
+from pytest_pocket.training.pretrain import facts
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Fine-tune a model on traces."""
+    parser = argparse.ArgumentParser(prog="pocket train sft", description=__doc__)
+    parser.add_argument("--recipe", default="tiny")
+    parser.add_argument("--from", dest="parent", default="base", help="a registered model or a checkpoint directory")
+    parser.add_argument("--traces", type=Path, default=Path(".pocket/data/traces.jsonl"))
+    parser.add_argument("--name", required=True)
+    parser.add_argument("--out", type=Path, default=Path(".pocket/checkpoints"))
+    parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0 leaves torch's choice")
+    parser.add_argument("--evaluations", type=int, default=0, help="dev evaluations along the way")
+    options = parser.parse_args(argv)
+
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    chosen = recipe.load(options.recipe)
+    torch.manual_seed(chosen.sft.seed)
+    parent = Registry().resolve(options.parent)
+    words = AutoTokenizer.from_pretrained(parent.target, local_files_only=True)
+    model = AutoModelForCausalLM.from_pretrained(
+        parent.target, dtype=torch.float32, use_safetensors=True, local_files_only=True
+    )
+    traces = data.read(options.traces)
+    examples = fit.stream(words, traces, (), chosen.sft, everything=False)
+    options.out.mkdir(parents=True, exist_ok=True)
+    curve = fit.fit_model(
+        model,
+        examples,
+        chosen.sft,
+        options.out / f"{options.name}.state",
+        lambda: on_dev(model, words),
+        options.evaluations,
+    )
+    checkpoint.save(
+        options.out / options.name,
+        model,
+        words,
+        name=options.name,
+        stage="sft",
+        parent=parent.name,
+        description="supervised fine-tuning on validated oracle traces, raw and with system prompts",
+        facts=facts(chosen, options.recipe, options.traces, chosen.sft, curve),
+        curve=curve,
+    )
+
+
+if __name__ == "__main__":
+    main()
