@@ -31,7 +31,9 @@ def candidates(answer: str) -> list[str]:
     found = [normal(answer)]
     stripped = answer.strip()
     if len(stripped) <= SHORT:
-        if stripped.count("\n") <= 3 and (tail := _TAIL.search(stripped.splitlines()[-1] if stripped else "")):
+        if stripped.count("\n") <= 3 and (
+            tail := _TAIL.search(stripped.splitlines()[-1] if stripped else "")
+        ):
             found.append(normal(tail.group(1)))
         spans = {normal(next(filter(None, groups))) for groups in _SPAN.findall(stripped)}
         if len(spans) == 1:

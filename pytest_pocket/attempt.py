@@ -89,7 +89,9 @@ class Attempt:
         }
 
 
-def attempt(cell: Cell, backend: Backend, workshop: Workshop, budget: Budget, seed: int, split: Split) -> Attempt:
+def attempt(
+    cell: Cell, backend: Backend, workshop: Workshop, budget: Budget, seed: int, split: Split
+) -> Attempt:
     """Play a cell.  Raises Cancelled when the session ends meanwhile: what was played then says nothing."""
     task = task_list.find(cell.task)
     instance = cell.instance(split, seed)
@@ -97,7 +99,9 @@ def attempt(cell: Cell, backend: Backend, workshop: Workshop, budget: Budget, se
     episodes = []
     for candidate in range(best_of):
         sample = cell.sample * best_of + candidate
-        episode = play(task, instance, backend, workshop, cell.condition, budget=budget, seed=seed, sample=sample)
+        episode = play(
+            task, instance, backend, workshop, cell.condition, budget=budget, seed=seed, sample=sample
+        )
         if workshop.cancelled:
             raise Cancelled
         episodes.append(episode)
@@ -124,6 +128,11 @@ def _ballot(episode: Episode) -> tuple[str, str]:
     """What an episode votes for: its answer, whatever the case and spacing, and the files it left."""
     digest = hashlib.sha256()
     for path, state in sorted(episode.after.items()):
-        for part in (path.encode(errors="surrogatepass"), state.kind.encode(), state.content, b"x" * state.executable):
+        for part in (
+            path.encode(errors="surrogatepass"),
+            state.kind.encode(),
+            state.content,
+            b"x" * state.executable,
+        ):
             digest.update(b"%d:" % len(part) + part)
     return " ".join(normal(episode.answer).casefold().split()), digest.hexdigest()

@@ -18,7 +18,8 @@ def _scalar(value: str) -> str:
 
 def _ini(sections: Sections) -> str:
     return "\n".join(
-        f"[{name}]\n" + "".join(f"{key} = {value}\n" for key, value in keys.items()) for name, keys in sections.items()
+        f"[{name}]\n" + "".join(f"{key} = {value}\n" for key, value in keys.items())
+        for name, keys in sections.items()
     )
 
 
@@ -39,18 +40,23 @@ def _json(sections: Sections) -> str:
 
 def _yaml(sections: Sections) -> str:
     return "".join(
-        f"{name}:\n" + "".join(f"  {key}: {value}\n" for key, value in keys.items()) for name, keys in sections.items()
+        f"{name}:\n" + "".join(f"  {key}: {value}\n" for key, value in keys.items())
+        for name, keys in sections.items()
     )
 
 
 def _env(sections: Sections) -> str:
     return "".join(
-        f"{name.upper()}_{key.upper()}={value}\n" for name, keys in sections.items() for key, value in keys.items()
+        f"{name.upper()}_{key.upper()}={value}\n"
+        for name, keys in sections.items()
+        for key, value in keys.items()
     )
 
 
 def _properties(sections: Sections) -> str:
-    return "".join(f"{name}.{key} = {value}\n" for name, keys in sections.items() for key, value in keys.items())
+    return "".join(
+        f"{name}.{key} = {value}\n" for name, keys in sections.items() for key, value in keys.items()
+    )
 
 
 def _apache(sections: Sections) -> str:
@@ -82,7 +88,12 @@ FORMATS = Kinds(
 )
 
 LOCATIONS = Kinds(
-    train=["`{key}` in the section `{section}`", "`{key}` under `{section}`", "the setting `{key}` of `{section}`", "`{section}` / `{key}`"],
+    train=[
+        "`{key}` in the section `{section}`",
+        "`{key}` under `{section}`",
+        "the setting `{key}` of `{section}`",
+        "`{section}` / `{key}`",
+    ],
     dev=["`{key}` within `{section}`"],
     eval=["`{section}` > `{key}`", "`{key}`, in the part called `{section}`,"],
 )
@@ -121,8 +132,10 @@ class Config:
         return f"sed -i '/{self.section}/,/{self.key}/ {{ /{self.key}/ s/{old}/{new}/ }}' {self.path}"
 
     def _with(self, value: str) -> Sections:
-        spelled = (lambda s, k: self.format.flat(s, k) == self.key) if self.format.flat else (
-            lambda s, k: (s, k) == (self.section, self.key)
+        spelled = (
+            (lambda s, k: self.format.flat(s, k) == self.key)
+            if self.format.flat
+            else (lambda s, k: (s, k) == (self.section, self.key))
         )
         return {
             section: {key: value if spelled(section, key) else old for key, old in keys.items()}
@@ -156,7 +169,9 @@ def decoy(draw: Draw, config: Config) -> dict[str, str]:
     """Another file of the same shape with the same keys and other values, and a note that mentions neither."""
     folder = words.directory(draw)
     stems = [noun for noun in words.nouns(draw, 6) if noun not in config.path][:2]
-    other = words.values(draw, 16, avoid=[*config.sections, *(key for keys in config.sections.values() for key in keys)])
+    other = words.values(
+        draw, 16, avoid=[*config.sections, *(key for keys in config.sections.values() for key in keys)]
+    )
     sections = {name: {key: other.pop() for key in keys} for name, keys in config.sections.items()}
     return {
         f"{folder}{stems[0]}.{config.format.ending}": config.format.render(sections),

@@ -150,16 +150,36 @@ def play(
     messages = list(condition.messages(instance.prompt))
     replies: list[ChatReply] = []
 
-    def end(outcome: Ending, stop: str, score: Score | None = None, after: Mapping[str, FileState] = {}, detail: str = "") -> Episode:
+    def end(
+        outcome: Ending,
+        stop: str,
+        score: Score | None = None,
+        after: Mapping[str, FileState] = {},
+        detail: str = "",
+    ) -> Episode:
         answer = replies[-1].content if stop == "answer" else ""
         seconds = time.monotonic() - start
-        return Episode(instance, condition, tuple(messages), tuple(replies), outcome, stop, score, answer, after, seconds, detail)
+        return Episode(
+            instance,
+            condition,
+            tuple(messages),
+            tuple(replies),
+            outcome,
+            stop,
+            score,
+            answer,
+            after,
+            seconds,
+            detail,
+        )
 
     sandbox: Sandbox | None = None
     try:
         sandbox = workshop.open(instance.files)
         if instance.setup and (made := sandbox.run(instance.setup)).status:
-            raise SandboxError(f"the setup of {instance.task}:{instance.seed} failed: {made.output.decode(errors='replace')}")
+            raise SandboxError(
+                f"the setup of {instance.task}:{instance.seed} failed: {made.output.decode(errors='replace')}"
+            )
         before = sandbox.snapshot()
         sampling = Sampling(condition.temperature, 0, condition.think, 0)
         stop = ""
@@ -180,11 +200,17 @@ def play(
                 seed=reply_seed(seed, instance, sample, len(replies)),
                 max_tokens=min(budget.reply_tokens, budget.tokens - spent),
             )
-            reply = backend.chat(ChatRequest(tuple(messages), tools.SCHEMAS, sampling, f"{instance.task}:{instance.seed}"))
+            reply = backend.chat(
+                ChatRequest(tuple(messages), tools.SCHEMAS, sampling, f"{instance.task}:{instance.seed}")
+            )
             replies.append(reply)
             messages.append(reply.message())
             if reply.truncated:
-                return end("truncated", "truncated", detail="the engine cut the prompt: give it a larger context window")
+                return end(
+                    "truncated",
+                    "truncated",
+                    detail="the engine cut the prompt: give it a larger context window",
+                )
             if reply.finish == "length":
                 stop = "tokens"
             elif reply.malformed:
@@ -200,7 +226,10 @@ def play(
                     for call, result in zip(reply.calls, results, strict=True)
                 )
                 malformed = 0 if any(result.ok for result in results) else malformed
-                turn = repr([(call.name, dict(call.arguments)) for call in reply.calls]), tuple(r.text for r in results)
+                turn = (
+                    repr([(call.name, dict(call.arguments)) for call in reply.calls]),
+                    tuple(r.text for r in results),
+                )
                 repeats = Counter({turn: repeats[turn] + 1})
                 stop = "looping" if repeats[turn] >= SAME_CALL_IN_A_ROW else ""
         after = sandbox.snapshot()
@@ -233,4 +262,8 @@ def _ledger(score: Score, stop: str, calls: int) -> Ending:
 
 def check_lines(checks: tuple[Check, ...]) -> list[str]:
     """The checks that do not hold, one readable line each."""
-    return [f"{check.name}: {check.value:g}" + (f" ({check.detail})" if check.detail else "") for check in checks if check.value < 1]
+    return [
+        f"{check.name}: {check.value:g}" + (f" ({check.detail})" if check.detail else "")
+        for check in checks
+        if check.value < 1
+    ]

@@ -53,61 +53,436 @@ def _text(draw: Draw) -> str:
     return " ".join(_words(draw))
 
 
-def _family(names: str, params: str, doc: str, body: str, bugs: list[tuple[str, str]], *inputs: Callable[[Draw], Any]) -> Family:
+def _family(
+    names: str, params: str, doc: str, body: str, bugs: list[tuple[str, str]], *inputs: Callable[[Draw], Any]
+) -> Family:
     indented = "".join(f"    {line}\n" for line in body.splitlines())
-    return Family(tuple(names.split()), params, doc, indented, tuple(bugs), lambda draw: tuple(make(draw) for make in inputs))
+    return Family(
+        tuple(names.split()),
+        params,
+        doc,
+        indented,
+        tuple(bugs),
+        lambda draw: tuple(make(draw) for make in inputs),
+    )
 
 
 FAMILIES = Kinds(
     train=[
-        _family("add_all total_of", "numbers", "Return the sum of the numbers.", "total = 0\nfor number in numbers:\n    total += number\nreturn total", [("        total += number", "        total = number"), ("    total = 0", "    total = 1")], _ints),
-        _family("largest find_max", "numbers", "Return the largest number.", "return max(numbers)", [("    return max(numbers)", "    return min(numbers)")], _ints),
-        _family("smallest find_min", "numbers", "Return the smallest number.", "return min(numbers)", [("    return min(numbers)", "    return max(numbers)")], _ints),
-        _family("spread value_range", "numbers", "Return the difference between the largest and the smallest number.", "return max(numbers) - min(numbers)", [("    return max(numbers) - min(numbers)", "    return max(numbers) + min(numbers)")], _ints),
-        _family("count_even how_many_even", "numbers", "Return how many numbers are even.", "return sum(1 for n in numbers if n % 2 == 0)", [("    return sum(1 for n in numbers if n % 2 == 0)", "    return sum(1 for n in numbers if n % 2 == 1)")], _ints),
-        _family("keep_positive only_positive", "numbers", "Return a list of the numbers greater than zero.", "return [n for n in numbers if n > 0]", [("    return [n for n in numbers if n > 0]", "    return [n for n in numbers if n < 0]")], _ints),
-        _family("double_all twice_each", "numbers", "Return a list with every number doubled.", "return [n * 2 for n in numbers]", [("    return [n * 2 for n in numbers]", "    return [n + 2 for n in numbers]")], _ints),
-        _family("square_all squares", "numbers", "Return a list with the square of every number.", "return [n * n for n in numbers]", [("    return [n * n for n in numbers]", "    return [n + n for n in numbers]")], _ints),
-        _family("clamp limit_to", "value, low, high", "Return value, but not less than low and not more than high.", "return max(low, min(value, high))", [("    return max(low, min(value, high))", "    return min(low, max(value, high))")], _int, lambda draw: draw.number(-5, 2), lambda draw: draw.number(3, 12)),
-        _family("is_even even", "number", "Return True if the number is even.", "return number % 2 == 0", [("    return number % 2 == 0", "    return number % 2 == 1")], _int),
-        _family("absolute distance_from_zero", "number", "Return the number without its sign.", "if number < 0:\n    return -number\nreturn number", [("    if number < 0:", "    if number > 0:"), ("        return -number", "        return number")], _int),
-        _family("factorial product_up_to", "n", "Return the product of all integers from 1 to n.", "result = 1\nfor i in range(1, n + 1):\n    result *= i\nreturn result", [("    for i in range(1, n + 1):", "    for i in range(1, n):"), ("        result *= i", "        result += i")], lambda draw: draw.number(2, 14)),
-        _family("sum_to triangle", "n", "Return the sum of all integers from 1 to n.", "return sum(range(1, n + 1))", [("    return sum(range(1, n + 1))", "    return sum(range(1, n))")], _positive),
-        _family("gcd common_divisor", "a, b", "Return the greatest common divisor of a and b.", "while b:\n    a, b = b, a % b\nreturn a", [("    while b:", "    if b:"), ("    return a", "    return b")], _positive, _positive),
-        _family("fibonacci fib", "n", "Return the n-th Fibonacci number, counting 0 and 1 as the first two.", "a, b = 0, 1\nfor _ in range(n - 1):\n    a, b = b, a + b\nreturn a", [("    for _ in range(n - 1):", "    for _ in range(n):"), ("    a, b = 0, 1", "    a, b = 1, 1")], lambda draw: draw.number(3, 15)),
-        _family("digit_sum sum_digits", "number", "Return the sum of the decimal digits of a positive number.", "return sum(int(digit) for digit in str(number))", [("    return sum(int(digit) for digit in str(number))", "    return len(str(number))")], lambda draw: draw.number(10, 9999)),
-        _family("reverse_text backwards", "text", "Return the text in reverse order.", "return text[::-1]", [("    return text[::-1]", "    return text[::1]")], _word),
-        _family("shout upper_case", "text", "Return the text in upper case with an exclamation mark.", "return text.upper() + \"!\"", [("    return text.upper() + \"!\"", "    return text.lower() + \"!\""), ("    return text.upper() + \"!\"", "    return text.upper()")], _word),
-        _family("count_vowels vowels_in", "text", "Return how many vowels (a, e, i, o, u) the text has.", "return sum(1 for letter in text if letter in \"aeiou\")", [("    return sum(1 for letter in text if letter in \"aeiou\")", "    return sum(1 for letter in text if letter not in \"aeiou\")")], _word),
-        _family("count_words word_count", "text", "Return the number of words in the text.", "return len(text.split())", [("    return len(text.split())", "    return len(text)")], _text),
-        _family("initials first_letters", "text", "Return the first letters of the words, in upper case, without spaces.", "return \"\".join(word[0].upper() for word in text.split())", [("    return \"\".join(word[0].upper() for word in text.split())", "    return \"\".join(word[0] for word in text.split())")], _text),
-        _family("longest_word widest", "text", "Return the longest word of the text (the first of several).", "return max(text.split(), key=len)", [("    return max(text.split(), key=len)", "    return max(text.split())"), ("    return max(text.split(), key=len)", "    return min(text.split(), key=len)")], _text),
-        _family("slugify to_slug", "text", "Return the text in lower case with a hyphen for every space.", "return text.lower().replace(\" \", \"-\")", [("    return text.lower().replace(\" \", \"-\")", "    return text.lower().replace(\" \", \"_\")")], _text),
-        _family("is_palindrome same_backwards", "text", "Return True if the text reads the same in both directions.", "return text == text[::-1]", [("    return text == text[::-1]", "    return text != text[::-1]")], lambda draw: draw.pick(["level", "noon", "radar", "civic", _word(draw), _word(draw)])),
-        _family("repeat_text times", "text, count", "Return the text repeated count times, separated by commas.", "return \",\".join([text] * count)", [("    return \",\".join([text] * count)", "    return \"\".join([text] * count)")], _word, lambda draw: draw.number(2, 5)),
-        _family("join_words with_spaces", "items", "Return the items joined by single spaces.", "return \" \".join(items)", [("    return \" \".join(items)", "    return \"\".join(items)")], _words),
-        _family("last_item final", "items", "Return the last item.", "return items[-1]", [("    return items[-1]", "    return items[0]")], _words),
-        _family("first_and_last ends_of", "items", "Return a list of the first and the last item.", "return [items[0], items[-1]]", [("    return [items[0], items[-1]]", "    return [items[0], items[1]]")], lambda draw: words.nouns(draw, draw.number(3, 5))),
-        _family("sort_descending high_to_low", "numbers", "Return the numbers sorted from high to low.", "return sorted(numbers, reverse=True)", [("    return sorted(numbers, reverse=True)", "    return sorted(numbers)")], _ints),
-        _family("unique_sorted distinct", "numbers", "Return the different numbers, sorted from low to high.", "return sorted(set(numbers))", [("    return sorted(set(numbers))", "    return sorted(numbers)")], lambda draw: [draw.number(1, 4) for _ in range(6)]),
-        _family("every_second alternate", "items", "Return every second item, starting with the first.", "return items[::2]", [("    return items[::2]", "    return items[1::2]")], lambda draw: words.nouns(draw, draw.number(3, 6))),
-        _family("lengths_of sizes", "items", "Return a list of the lengths of the items.", "return [len(item) for item in items]", [("    return [len(item) for item in items]", "    return [item for item in items]")], _words),
-        _family("index_of position", "items, wanted", "Return the position of the wanted item, or -1 if it is not there.", "if wanted in items:\n    return items.index(wanted)\nreturn -1", [("    return -1", "    return 0"), ("    if wanted in items:", "    if wanted not in items:")], lambda draw: ["maple", "cedar", "tulip", *_words(draw)], lambda draw: draw.pick(["maple", "cedar", "tulip", "rust"])),
-        _family("swap_pair flip", "pair", "Return a list of the two items in the opposite order.", "first, second = pair\nreturn [second, first]", [("    return [second, first]", "    return [first, second]")], lambda draw: words.nouns(draw, 2)),
+        _family(
+            "add_all total_of",
+            "numbers",
+            "Return the sum of the numbers.",
+            "total = 0\nfor number in numbers:\n    total += number\nreturn total",
+            [("        total += number", "        total = number"), ("    total = 0", "    total = 1")],
+            _ints,
+        ),
+        _family(
+            "largest find_max",
+            "numbers",
+            "Return the largest number.",
+            "return max(numbers)",
+            [("    return max(numbers)", "    return min(numbers)")],
+            _ints,
+        ),
+        _family(
+            "smallest find_min",
+            "numbers",
+            "Return the smallest number.",
+            "return min(numbers)",
+            [("    return min(numbers)", "    return max(numbers)")],
+            _ints,
+        ),
+        _family(
+            "spread value_range",
+            "numbers",
+            "Return the difference between the largest and the smallest number.",
+            "return max(numbers) - min(numbers)",
+            [("    return max(numbers) - min(numbers)", "    return max(numbers) + min(numbers)")],
+            _ints,
+        ),
+        _family(
+            "count_even how_many_even",
+            "numbers",
+            "Return how many numbers are even.",
+            "return sum(1 for n in numbers if n % 2 == 0)",
+            [
+                (
+                    "    return sum(1 for n in numbers if n % 2 == 0)",
+                    "    return sum(1 for n in numbers if n % 2 == 1)",
+                )
+            ],
+            _ints,
+        ),
+        _family(
+            "keep_positive only_positive",
+            "numbers",
+            "Return a list of the numbers greater than zero.",
+            "return [n for n in numbers if n > 0]",
+            [("    return [n for n in numbers if n > 0]", "    return [n for n in numbers if n < 0]")],
+            _ints,
+        ),
+        _family(
+            "double_all twice_each",
+            "numbers",
+            "Return a list with every number doubled.",
+            "return [n * 2 for n in numbers]",
+            [("    return [n * 2 for n in numbers]", "    return [n + 2 for n in numbers]")],
+            _ints,
+        ),
+        _family(
+            "square_all squares",
+            "numbers",
+            "Return a list with the square of every number.",
+            "return [n * n for n in numbers]",
+            [("    return [n * n for n in numbers]", "    return [n + n for n in numbers]")],
+            _ints,
+        ),
+        _family(
+            "clamp limit_to",
+            "value, low, high",
+            "Return value, but not less than low and not more than high.",
+            "return max(low, min(value, high))",
+            [("    return max(low, min(value, high))", "    return min(low, max(value, high))")],
+            _int,
+            lambda draw: draw.number(-5, 2),
+            lambda draw: draw.number(3, 12),
+        ),
+        _family(
+            "is_even even",
+            "number",
+            "Return True if the number is even.",
+            "return number % 2 == 0",
+            [("    return number % 2 == 0", "    return number % 2 == 1")],
+            _int,
+        ),
+        _family(
+            "absolute distance_from_zero",
+            "number",
+            "Return the number without its sign.",
+            "if number < 0:\n    return -number\nreturn number",
+            [
+                ("    if number < 0:", "    if number > 0:"),
+                ("        return -number", "        return number"),
+            ],
+            _int,
+        ),
+        _family(
+            "factorial product_up_to",
+            "n",
+            "Return the product of all integers from 1 to n.",
+            "result = 1\nfor i in range(1, n + 1):\n    result *= i\nreturn result",
+            [
+                ("    for i in range(1, n + 1):", "    for i in range(1, n):"),
+                ("        result *= i", "        result += i"),
+            ],
+            lambda draw: draw.number(2, 14),
+        ),
+        _family(
+            "sum_to triangle",
+            "n",
+            "Return the sum of all integers from 1 to n.",
+            "return sum(range(1, n + 1))",
+            [("    return sum(range(1, n + 1))", "    return sum(range(1, n))")],
+            _positive,
+        ),
+        _family(
+            "gcd common_divisor",
+            "a, b",
+            "Return the greatest common divisor of a and b.",
+            "while b:\n    a, b = b, a % b\nreturn a",
+            [("    while b:", "    if b:"), ("    return a", "    return b")],
+            _positive,
+            _positive,
+        ),
+        _family(
+            "fibonacci fib",
+            "n",
+            "Return the n-th Fibonacci number, counting 0 and 1 as the first two.",
+            "a, b = 0, 1\nfor _ in range(n - 1):\n    a, b = b, a + b\nreturn a",
+            [
+                ("    for _ in range(n - 1):", "    for _ in range(n):"),
+                ("    a, b = 0, 1", "    a, b = 1, 1"),
+            ],
+            lambda draw: draw.number(3, 15),
+        ),
+        _family(
+            "digit_sum sum_digits",
+            "number",
+            "Return the sum of the decimal digits of a positive number.",
+            "return sum(int(digit) for digit in str(number))",
+            [("    return sum(int(digit) for digit in str(number))", "    return len(str(number))")],
+            lambda draw: draw.number(10, 9999),
+        ),
+        _family(
+            "reverse_text backwards",
+            "text",
+            "Return the text in reverse order.",
+            "return text[::-1]",
+            [("    return text[::-1]", "    return text[::1]")],
+            _word,
+        ),
+        _family(
+            "shout upper_case",
+            "text",
+            "Return the text in upper case with an exclamation mark.",
+            'return text.upper() + "!"',
+            [
+                ('    return text.upper() + "!"', '    return text.lower() + "!"'),
+                ('    return text.upper() + "!"', "    return text.upper()"),
+            ],
+            _word,
+        ),
+        _family(
+            "count_vowels vowels_in",
+            "text",
+            "Return how many vowels (a, e, i, o, u) the text has.",
+            'return sum(1 for letter in text if letter in "aeiou")',
+            [
+                (
+                    '    return sum(1 for letter in text if letter in "aeiou")',
+                    '    return sum(1 for letter in text if letter not in "aeiou")',
+                )
+            ],
+            _word,
+        ),
+        _family(
+            "count_words word_count",
+            "text",
+            "Return the number of words in the text.",
+            "return len(text.split())",
+            [("    return len(text.split())", "    return len(text)")],
+            _text,
+        ),
+        _family(
+            "initials first_letters",
+            "text",
+            "Return the first letters of the words, in upper case, without spaces.",
+            'return "".join(word[0].upper() for word in text.split())',
+            [
+                (
+                    '    return "".join(word[0].upper() for word in text.split())',
+                    '    return "".join(word[0] for word in text.split())',
+                )
+            ],
+            _text,
+        ),
+        _family(
+            "longest_word widest",
+            "text",
+            "Return the longest word of the text (the first of several).",
+            "return max(text.split(), key=len)",
+            [
+                ("    return max(text.split(), key=len)", "    return max(text.split())"),
+                ("    return max(text.split(), key=len)", "    return min(text.split(), key=len)"),
+            ],
+            _text,
+        ),
+        _family(
+            "slugify to_slug",
+            "text",
+            "Return the text in lower case with a hyphen for every space.",
+            'return text.lower().replace(" ", "-")',
+            [('    return text.lower().replace(" ", "-")', '    return text.lower().replace(" ", "_")')],
+            _text,
+        ),
+        _family(
+            "is_palindrome same_backwards",
+            "text",
+            "Return True if the text reads the same in both directions.",
+            "return text == text[::-1]",
+            [("    return text == text[::-1]", "    return text != text[::-1]")],
+            lambda draw: draw.pick(["level", "noon", "radar", "civic", _word(draw), _word(draw)]),
+        ),
+        _family(
+            "repeat_text times",
+            "text, count",
+            "Return the text repeated count times, separated by commas.",
+            'return ",".join([text] * count)',
+            [('    return ",".join([text] * count)', '    return "".join([text] * count)')],
+            _word,
+            lambda draw: draw.number(2, 5),
+        ),
+        _family(
+            "join_words with_spaces",
+            "items",
+            "Return the items joined by single spaces.",
+            'return " ".join(items)',
+            [('    return " ".join(items)', '    return "".join(items)')],
+            _words,
+        ),
+        _family(
+            "last_item final",
+            "items",
+            "Return the last item.",
+            "return items[-1]",
+            [("    return items[-1]", "    return items[0]")],
+            _words,
+        ),
+        _family(
+            "first_and_last ends_of",
+            "items",
+            "Return a list of the first and the last item.",
+            "return [items[0], items[-1]]",
+            [("    return [items[0], items[-1]]", "    return [items[0], items[1]]")],
+            lambda draw: words.nouns(draw, draw.number(3, 5)),
+        ),
+        _family(
+            "sort_descending high_to_low",
+            "numbers",
+            "Return the numbers sorted from high to low.",
+            "return sorted(numbers, reverse=True)",
+            [("    return sorted(numbers, reverse=True)", "    return sorted(numbers)")],
+            _ints,
+        ),
+        _family(
+            "unique_sorted distinct",
+            "numbers",
+            "Return the different numbers, sorted from low to high.",
+            "return sorted(set(numbers))",
+            [("    return sorted(set(numbers))", "    return sorted(numbers)")],
+            lambda draw: [draw.number(1, 4) for _ in range(6)],
+        ),
+        _family(
+            "every_second alternate",
+            "items",
+            "Return every second item, starting with the first.",
+            "return items[::2]",
+            [("    return items[::2]", "    return items[1::2]")],
+            lambda draw: words.nouns(draw, draw.number(3, 6)),
+        ),
+        _family(
+            "lengths_of sizes",
+            "items",
+            "Return a list of the lengths of the items.",
+            "return [len(item) for item in items]",
+            [("    return [len(item) for item in items]", "    return [item for item in items]")],
+            _words,
+        ),
+        _family(
+            "index_of position",
+            "items, wanted",
+            "Return the position of the wanted item, or -1 if it is not there.",
+            "if wanted in items:\n    return items.index(wanted)\nreturn -1",
+            [("    return -1", "    return 0"), ("    if wanted in items:", "    if wanted not in items:")],
+            lambda draw: ["maple", "cedar", "tulip", *_words(draw)],
+            lambda draw: draw.pick(["maple", "cedar", "tulip", "rust"]),
+        ),
+        _family(
+            "swap_pair flip",
+            "pair",
+            "Return a list of the two items in the opposite order.",
+            "first, second = pair\nreturn [second, first]",
+            [("    return [second, first]", "    return [first, second]")],
+            lambda draw: words.nouns(draw, 2),
+        ),
     ],
     dev=[
-        _family("product multiply_all", "numbers", "Return the product of the numbers.", "result = 1\nfor number in numbers:\n    result *= number\nreturn result", [("        result *= number", "        result += number"), ("    result = 1", "    result = 0")], _ints),
-        _family("count_letter occurrences", "text, letter", "Return how often the letter occurs in the text.", "return text.count(letter)", [("    return text.count(letter)", "    return text.find(letter)")], _word, lambda draw: draw.pick(list("aeiort"))),
-        _family("drop_first rest_of", "items", "Return all items but the first.", "return items[1:]", [("    return items[1:]", "    return items[:1]")], _words),
-        _family("is_sorted in_order", "numbers", "Return True if no number is less than the one before it.", "return numbers == sorted(numbers)", [("    return numbers == sorted(numbers)", "    return numbers != sorted(numbers)")], lambda draw: draw.pick([_ints(draw), sorted(_ints(draw))])),
+        _family(
+            "product multiply_all",
+            "numbers",
+            "Return the product of the numbers.",
+            "result = 1\nfor number in numbers:\n    result *= number\nreturn result",
+            [("        result *= number", "        result += number"), ("    result = 1", "    result = 0")],
+            _ints,
+        ),
+        _family(
+            "count_letter occurrences",
+            "text, letter",
+            "Return how often the letter occurs in the text.",
+            "return text.count(letter)",
+            [("    return text.count(letter)", "    return text.find(letter)")],
+            _word,
+            lambda draw: draw.pick(list("aeiort")),
+        ),
+        _family(
+            "drop_first rest_of",
+            "items",
+            "Return all items but the first.",
+            "return items[1:]",
+            [("    return items[1:]", "    return items[:1]")],
+            _words,
+        ),
+        _family(
+            "is_sorted in_order",
+            "numbers",
+            "Return True if no number is less than the one before it.",
+            "return numbers == sorted(numbers)",
+            [("    return numbers == sorted(numbers)", "    return numbers != sorted(numbers)")],
+            lambda draw: draw.pick([_ints(draw), sorted(_ints(draw))]),
+        ),
     ],
     eval=[
-        _family("title_case capitalize_all", "text", "Return the text with the first letter of every word in upper case.", "return \" \".join(word.capitalize() for word in text.split())", [("    return \" \".join(word.capitalize() for word in text.split())", "    return \" \".join(word.upper() for word in text.split())")], _text),
-        _family("cumulative running_total", "numbers", "Return a list of the running totals.", "totals = []\ntotal = 0\nfor number in numbers:\n    total += number\n    totals.append(total)\nreturn totals", [("        totals.append(total)", "        totals.append(number)"), ("        total += number", "        total = number")], _ints),
-        _family("remove_item without", "items, unwanted", "Return the items that are not the unwanted one.", "return [item for item in items if item != unwanted]", [("    return [item for item in items if item != unwanted]", "    return [item for item in items if item == unwanted]")], lambda draw: ["maple", "cedar", "tulip", *_words(draw)], lambda draw: draw.pick(["maple", "cedar", "rust"])),
-        _family("power raise_to", "base, exponent", "Return base to the power of exponent.", "result = 1\nfor _ in range(exponent):\n    result *= base\nreturn result", [("    for _ in range(exponent):", "    for _ in range(exponent + 1):"), ("        result *= base", "        result += base")], lambda draw: draw.number(2, 6), lambda draw: draw.number(2, 5)),
-        _family("middle_item center", "items", "Return the item in the middle of a list of odd length.", "return items[len(items) // 2]", [("    return items[len(items) // 2]", "    return items[len(items) // 3]")], lambda draw: words.nouns(draw, draw.pick([3, 5, 7]))),
-        _family("pairs_with_sum count_pairs", "numbers, target", "Return how many pairs of positions add up to the target.", "count = 0\nfor i in range(len(numbers)):\n    for j in range(i + 1, len(numbers)):\n        if numbers[i] + numbers[j] == target:\n            count += 1\nreturn count", [("        for j in range(i + 1, len(numbers)):", "        for j in range(i, len(numbers)):"), ("                count += 1", "                count = 1")], lambda draw: [draw.number(0, 3) for _ in range(6)], lambda draw: draw.number(1, 4)),
+        _family(
+            "title_case capitalize_all",
+            "text",
+            "Return the text with the first letter of every word in upper case.",
+            'return " ".join(word.capitalize() for word in text.split())',
+            [
+                (
+                    '    return " ".join(word.capitalize() for word in text.split())',
+                    '    return " ".join(word.upper() for word in text.split())',
+                )
+            ],
+            _text,
+        ),
+        _family(
+            "cumulative running_total",
+            "numbers",
+            "Return a list of the running totals.",
+            "totals = []\ntotal = 0\nfor number in numbers:\n    total += number\n    totals.append(total)\nreturn totals",
+            [
+                ("        totals.append(total)", "        totals.append(number)"),
+                ("        total += number", "        total = number"),
+            ],
+            _ints,
+        ),
+        _family(
+            "remove_item without",
+            "items, unwanted",
+            "Return the items that are not the unwanted one.",
+            "return [item for item in items if item != unwanted]",
+            [
+                (
+                    "    return [item for item in items if item != unwanted]",
+                    "    return [item for item in items if item == unwanted]",
+                )
+            ],
+            lambda draw: ["maple", "cedar", "tulip", *_words(draw)],
+            lambda draw: draw.pick(["maple", "cedar", "rust"]),
+        ),
+        _family(
+            "power raise_to",
+            "base, exponent",
+            "Return base to the power of exponent.",
+            "result = 1\nfor _ in range(exponent):\n    result *= base\nreturn result",
+            [
+                ("    for _ in range(exponent):", "    for _ in range(exponent + 1):"),
+                ("        result *= base", "        result += base"),
+            ],
+            lambda draw: draw.number(2, 6),
+            lambda draw: draw.number(2, 5),
+        ),
+        _family(
+            "middle_item center",
+            "items",
+            "Return the item in the middle of a list of odd length.",
+            "return items[len(items) // 2]",
+            [("    return items[len(items) // 2]", "    return items[len(items) // 3]")],
+            lambda draw: words.nouns(draw, draw.pick([3, 5, 7])),
+        ),
+        _family(
+            "pairs_with_sum count_pairs",
+            "numbers, target",
+            "Return how many pairs of positions add up to the target.",
+            "count = 0\nfor i in range(len(numbers)):\n    for j in range(i + 1, len(numbers)):\n        if numbers[i] + numbers[j] == target:\n            count += 1\nreturn count",
+            [
+                ("        for j in range(i + 1, len(numbers)):", "        for j in range(i, len(numbers)):"),
+                ("                count += 1", "                count = 1"),
+            ],
+            lambda draw: [draw.number(0, 3) for _ in range(6)],
+            lambda draw: draw.number(1, 4),
+        ),
     ],
 )
 
@@ -123,7 +498,9 @@ class Function:
 
     def source(self, body: str | None = None) -> str:
         """The function's code, with another body if given."""
-        return f'def {self.name}({self.family.params}):\n    """{self.family.doc}"""\n{body or self.family.body}'
+        return (
+            f'def {self.name}({self.family.params}):\n    """{self.family.doc}"""\n{body or self.family.body}'
+        )
 
     def test(self, module: str) -> str:
         """A test script of asserts over the shown cases, which prints "ok"."""
@@ -159,9 +536,15 @@ def draw_function(draw: Draw) -> Function:
 def draw_bug(draw: Draw, function: Function) -> str | None:
     """A wrong body of the function that fails a shown and a hidden case; None if no bug of its family does."""
     right_body = f"\n{function.family.body}"
-    bodies = [right_body.replace(f"\n{right}\n", f"\n{wrong}\n", 1)[1:] for right, wrong in function.family.bugs]
+    bodies = [
+        right_body.replace(f"\n{right}\n", f"\n{wrong}\n", 1)[1:] for right, wrong in function.family.bugs
+    ]
     draw.random.shuffle(bodies)
-    wrong = (body for body in bodies if _fails(function, body, function.shown) and _fails(function, body, function.hidden))
+    wrong = (
+        body
+        for body in bodies
+        if _fails(function, body, function.shown) and _fails(function, body, function.hidden)
+    )
     return next(wrong, None)
 
 

@@ -78,7 +78,9 @@ def _conditions(get: Callable[[str], str]) -> tuple[Condition, ...]:
     for name, default in (("prompt", "raw,full"), ("think", "off"), ("temperature", "0"), ("best_of", "1")):
         values = _listed(get(name) or default)
         if not values:
-            raise OptionError(f"--pocket-{name.replace('_', '-')} {get(name)!r} holds no value: leave it out, or give one")
+            raise OptionError(
+                f"--pocket-{name.replace('_', '-')} {get(name)!r} holds no value: leave it out, or give one"
+            )
         lists.append(values)
     try:
         return tuple(grid(*lists))

@@ -14,7 +14,7 @@ import types
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import pytest
 
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from pytest_pocket.attempt import Attempt, Cell
     from pytest_pocket.registry import Registry
     from pytest_pocket.session import Session
-    from pytest_pocket.tally import Tally
     from pytest_pocket.task import Task
 
 OPTIONS = {
@@ -47,8 +46,6 @@ OPTIONS = {
 GROUPS = ("read", "run", "write", "react", "stop")
 
 SESSION = pytest.StashKey["Session"]()
-TALLY = pytest.StashKey["Tally"]()
-VERDICT = pytest.StashKey[str]()
 HOOKED = pytest.StashKey["tuple[int, dict[Path, list[Task]]]"]()
 
 
@@ -63,7 +60,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     for name, (metavar, text) in OPTIONS.items():
         action = "append" if name == "model" else "store"
         group.addoption(
-            f"--pocket-{name.replace('_', '-')}", dest=f"pocket_{name}", metavar=metavar, action=action, help=text
+            f"--pocket-{name.replace('_', '-')}",
+            dest=f"pocket_{name}",
+            metavar=metavar,
+            action=action,
+            help=text,
         )
         parser.addini(f"pocket_{name}", text, default="")
     group.addoption(
@@ -106,7 +107,6 @@ def pytest_configure(config: pytest.Config) -> None:
         return
     from pytest_pocket import options
     from pytest_pocket.session import Session
-    from pytest_pocket.tally import Tally
 
     with _usage_errors():
         asked = options.read(functools.partial(_value, config))
@@ -118,33 +118,13 @@ def pytest_configure(config: pytest.Config) -> None:
         if (told := getattr(config, "workerinput", {}).get("pocket")) is not None:
             session.join(told)
     config.stash[SESSION] = session
-    config.stash[TALLY] = Tally()
+    config.pluginmanager.register(Playing(config, session), "pocket-playing")
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
     """Free the engines."""
     if session := config.stash.get(SESSION, None):
         session.close()
-
-
-def pytest_report_header(config: pytest.Config) -> str | None:
-    """What this session plays."""
-    session = config.stash.get(SESSION, None)
-    if session is None:
-        return None
-    asked = session.options
-    return (
-        f"pocket: {', '.join(session.models)} · {', '.join(condition.slug for condition in asked.conditions)} · "
-        f"{asked.runs} of {asked.split}, {asked.samples} of each, seed {asked.seed} · {asked.in_flight} in flight"
-    )
-
-
-def pytest_report_collectionfinish(config: pytest.Config, items: list[pytest.Item]) -> str | None:
-    """How much there is to play."""
-    cells = _cells(items)
-    if config.stash.get(SESSION, None) is None or not cells:
-        return None
-    return f"pocket: {sum(cell.condition.best_of for cell in cells)} episodes"
 
 
 # Collection
@@ -159,7 +139,7 @@ def pytest_collect_file(
     if file_path.suffix == ".py" and not any(isinstance(collector, TaskFile) for collector in found):
         if _is_shipped(file_path):
             found.append(TaskFile.from_parent(parent, path=file_path))
-        elif tasks := _hooked_in(parent.config, file_path):
+        elif tasks := _hooked_tasks(parent.config).get(file_path.resolve()):
             collector = TaskFile.from_parent(parent, path=file_path)
             collector.tasks = tasks
             found.append(collector)
@@ -228,43 +208,111 @@ def _test_of(task: Task, cells: list[Cell], session: Session | None) -> Callable
     return marked
 
 
-# Playing
+class Playing:
+    """The hooks of a session that has models, registered for it alone."""
 
+    def __init__(self, config: pytest.Config, session: Session) -> None:
+        from pytest_pocket.tally import Tally
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_sessionstart(session: pytest.Session) -> None:
-    """The xdist controller opens before its workers start: it never collects."""
-    pocket = session.config.stash.get(SESSION, None)
-    if pocket and _is_controller(session.config):
-        with _usage_errors():
-            pocket.open()
+        self.config = config
+        self.session = session
+        self.tally = Tally()
+        self.verdict = ""
+        self.worker = hasattr(config, "workerinput")
 
+    @property
+    def controller(self) -> bool:
+        """Whether this process only hands out tests to xdist workers.  It never collects."""
+        return self.config.pluginmanager.has_plugin("dsession")
 
-@pytest.hookimpl(optionalhook=True)
-def pytest_configure_node(node: Any) -> None:
-    """Tell an xdist worker where the engines and the records are."""
-    if pocket := node.config.stash.get(SESSION, None):
-        node.workerinput["pocket"] = pocket.serve()
+    def pytest_report_header(self) -> str:
+        """What this session plays."""
+        asked = self.session.options
+        conditions = ", ".join(condition.slug for condition in asked.conditions)
+        return (
+            f"pocket: {', '.join(self.session.models)} · {conditions} · "
+            f"{asked.split} split, runs {asked.runs}, samples {asked.samples}, seed {asked.seed}"
+        )
 
+    def pytest_report_collectionfinish(self, items: list[pytest.Item]) -> str | None:
+        """How much there is to play."""
+        episodes = sum(cell.condition.best_of for cell in _cells(items))
+        return (
+            f"pocket: {episodes} episodes, {self.session.options.in_flight} in flight" if episodes else None
+        )
 
-@pytest.hookimpl(wrapper=True)
-def pytest_runtestloop(session: pytest.Session) -> Generator[None, Any, Any]:
-    """Keep a pool of episodes going while pytest reports them, and end it before anything else ends."""
-    pocket = session.config.stash.get(SESSION, None)
-    if pocket is None or _is_controller(session.config):
-        return (yield)
-    cells = _cells(session.items)
-    option = session.config.option
-    broken = session.testsfailed and not option.continue_on_collection_errors
-    if not cells or broken or option.collectonly or _is_worker(session.config):
-        return (yield)
-    try:
-        with _usage_errors():
-            pocket.open(cells)
-        pocket.start_pool(cells)
-        return (yield)
-    finally:
-        pocket.cancel()
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_sessionstart(self) -> None:
+        """The controller opens before its workers start."""
+        if self.controller:
+            with _usage_errors():
+                self.session.open()
+
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_configure_node(self, node: Any) -> None:
+        """Tell an xdist worker where the engines and the records are."""
+        node.workerinput["pocket"] = self.session.serve()
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtestloop(self, session: pytest.Session) -> Generator[None, Any, Any]:
+        """Keep a pool of episodes going while pytest reports them, and end it before anything else ends."""
+        option = self.config.option
+        broken = session.testsfailed and not option.continue_on_collection_errors
+        if self.controller or self.worker or broken or option.collectonly:
+            return (yield)
+        if not (cells := _cells(session.items)):
+            return (yield)
+        try:
+            with _usage_errors():
+                self.session.open(cells)
+            self.session.start_pool(cells)
+            return (yield)
+        finally:
+            self.session.cancel()
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        """Add a report up, whichever process it comes from."""
+        self.tally.add(report.nodeid, dict(report.user_properties), report.failed, report.when or "")
+
+    def pytest_keyboard_interrupt(self) -> None:
+        """End what is in flight, in workers too."""
+        self.session.cancel()
+
+    @pytest.hookimpl(wrapper=True, tryfirst=True)
+    def pytest_sessionfinish(self, session: pytest.Session) -> Generator[None, None, None]:
+        """Decide the exit status; the session's last line says where the records are."""
+        self.session.cancel()
+        if not self.worker:
+            self._decide(session)
+        yield
+        reporter = self.config.pluginmanager.getplugin("terminalreporter")
+        if reporter and not self.worker:
+            self._close(reporter)
+
+    def _close(self, reporter: pytest.TerminalReporter) -> None:
+        """The table comes after pytest's own summary, where many failures cannot push it out of sight."""
+        if self.tally.rows:
+            from pytest_pocket.report import render
+
+            width = self.config.get_terminal_writer().fullwidth
+            plain = not (sys.stdout.encoding or "").lower().startswith("utf")
+            reporter.write("\n" + render(self.tally.rows, width, ascii_only=plain))
+        if self.verdict:
+            reporter.write_line(f"pocket: {self.verdict}")
+        if directory := self.session.records_directory:
+            reporter.write_line(f"pocket: records in {directory}")
+
+    def _decide(self, session: pytest.Session) -> None:
+        if failure := self.session.failure:
+            session.exitstatus = pytest.ExitCode.USAGE_ERROR
+            self.verdict = str(failure)
+        elif (least := self.session.options.fail_under) is not None and self.tally.rows:
+            decided = session.exitstatus in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED)
+            if decided and not (session.shouldstop or session.shouldfail):
+                good, self.verdict = self.tally.verdict(least)
+                session.exitstatus = pytest.ExitCode.OK if good else pytest.ExitCode.TESTS_FAILED
+            else:
+                self.verdict = "the session was stopped: --pocket-fail-under decides nothing"
 
 
 @pytest.fixture
@@ -290,17 +338,95 @@ def _pocket_attempt(request: pytest.FixtureRequest, pocket_cell: Cell | None) ->
         pytest.fail(reason, pytrace=False)
     properties = attempt.properties(session.models[pocket_cell.model].backend)
     kept = [pair for pair in request.node.user_properties if pair[0] not in properties]
-    request.node.user_properties[:] = [*kept, *_harmless(properties)]
+    request.node.user_properties[:] = [*kept, *properties.items()]
     if attempt.episode.invalid:
         _fail(attempt)
     return attempt
 
 
-# Reporting
+def _value(config: pytest.Config, name: str) -> str:
+    """An option from the command line, else its ini twin; a list joined by commas; empty when not given."""
+    given = config.getoption(f"pocket_{name}")
+    if given is None:
+        given = config.getini(f"pocket_{name}")
+    return ",".join(map(str, given)) if isinstance(given, list) else str(given)
 
 
-def pytest_runtest_logreport(report: pytest.TestReport) -> None:
-    """Add a report up, wherever the test ran."""
-    # The hook has no config, and the fixtures of the reports' tests may be in another process.
-    for tally in _tallies:
-        tally.add(report.nodeid, dict(report.user_properties), report.failed, report.when)
+@contextmanager
+def _usage_errors() -> Iterator[None]:
+    """Turn what the user can mend into pytest's usage error: one line, exit status 4."""
+    from pytest_pocket.options import OptionError
+    from pytest_pocket.records import RecordsError
+    from pytest_pocket.registry import ModelError
+    from pytest_pocket.sandbox import SandboxUnavailable
+    from pytest_pocket.task_list import TaskError
+
+    try:
+        yield
+    except (OptionError, ModelError, TaskError, RecordsError, SandboxUnavailable) as error:
+        raise pytest.UsageError(str(error)) from None
+
+
+def _registry(config: pytest.Config) -> Registry:
+    """The models and backends that this session knows.  Raises ModelError."""
+    from pytest_pocket.registry import Registry, from_pyproject
+
+    models = from_pyproject(config.rootpath / "pyproject.toml")
+    for added in config.hook.pytest_pocket_models():
+        models.extend(added)
+    backends = {}
+    for added in config.hook.pytest_pocket_backends():
+        backends.update(added)
+    return Registry(models, backends)
+
+
+def _no_model(config: pytest.Config) -> str:
+    with _usage_errors():
+        return f"no model: give --pocket-model, one or more of {', '.join(_registry(config).models)}"
+
+
+def _cells(items: Iterable[pytest.Item]) -> list[Cell]:
+    """The cells of those items that are ours."""
+    return [
+        item.callspec.params["pocket_cell"]
+        for item in items
+        if isinstance(item.parent, TaskFile) and hasattr(item, "callspec")
+    ]
+
+
+def _fail(attempt: Attempt) -> NoReturn:
+    from pytest_pocket.trajectory import compact
+
+    pytest.fail(compact(attempt), pytrace=False)
+
+
+@functools.cache
+def _tasks_folder() -> Path | None:
+    """Where the shipped tasks are, without importing them."""
+    spec = importlib.util.find_spec("pytest_pocket.tasks")
+    return Path(spec.origin).parent.resolve() if spec and spec.origin else None
+
+
+def _is_tasks_folder(path: Path) -> bool:
+    folder = _tasks_folder()
+    return folder is not None and path.name == folder.name and path.resolve() == folder
+
+
+def _is_shipped(path: Path) -> bool:
+    return not path.name.startswith("_") and _is_tasks_folder(path.parent)
+
+
+def _hooked_tasks(config: pytest.Config) -> dict[Path, list[Task]]:
+    """The tasks of plugins and conftests, by the file that defines them.  Asked again when a conftest has come."""
+    count = len(config.hook.pytest_pocket_tasks.get_hookimpls())
+    if not count:
+        return {}
+    asked, tasks = config.stash.get(HOOKED, (0, {}))
+    if asked != count:
+        from pytest_pocket import task_list
+
+        tasks = task_list.by_file(task for added in config.hook.pytest_pocket_tasks() for task in added)
+        for group in {task.group for found in tasks.values() for task in found}.difference(GROUPS):
+            config.addinivalue_line("markers", f"{group}: pocket tasks of the group {group!r}")
+        config.stash[HOOKED] = count, tasks
+    return tasks

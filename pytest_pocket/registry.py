@@ -77,24 +77,39 @@ def read_manifest(directory: Path) -> Model:
         manifest = json.loads(path.read_text())
         name, stage, parent = manifest["name"], manifest["stage"], manifest["parent"]
         files: dict[str, str] = manifest["files"]
-        pinned = {"suite": manifest["suite"], "tools": manifest["tools_sha256"], "template": manifest["template_sha256"]}
+        pinned = {
+            "suite": manifest["suite"],
+            "tools": manifest["tools_sha256"],
+            "template": manifest["template_sha256"],
+        }
         adapter_of = manifest.get("adapter_of", "")
-        if not all(isinstance(value, str) for value in (name, stage, parent, adapter_of, *pinned.values(), *files.values())):
+        if not all(
+            isinstance(value, str)
+            for value in (name, stage, parent, adapter_of, *pinned.values(), *files.values())
+        ):
             raise TypeError("every value must be a string")
     except FileNotFoundError:
-        raise ModelError(f"{directory} holds no {MANIFEST}: give a checkpoint directory, or hf:{directory}") from None
+        raise ModelError(
+            f"{directory} holds no {MANIFEST}: give a checkpoint directory, or hf:{directory}"
+        ) from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ModelError(f"broken manifest {path}: {type(error).__name__}: {error}; train or fetch the checkpoint again") from None
+        raise ModelError(
+            f"broken manifest {path}: {type(error).__name__}: {error}; train or fetch the checkpoint again"
+        ) from None
     for file in files:
         if "/" in file or file.startswith(".") or not (directory / file).is_file():
-            raise ModelError(f"manifest {path} lists {file!r}, which is not a file beside it; fetch the checkpoint again")
+            raise ModelError(
+                f"manifest {path} lists {file!r}, which is not a file beside it; fetch the checkpoint again"
+            )
     template = directory / "chat_template.jinja"
     actual = {
         "suite": SUITE_VERSION,
         "tools": tools_hash(),
         "template": file_hash(template) if template.is_file() else "no chat_template.jinja",
     }
-    if different := [f"{key} {pinned[key][:12]} (here {actual[key][:12]})" for key in pinned if pinned[key] != actual[key]]:
+    if different := [
+        f"{key} {pinned[key][:12]} (here {actual[key][:12]})" for key in pinned if pinned[key] != actual[key]
+    ]:
         raise ModelError(
             f"checkpoint {name!r} in {directory} was made for another suite: {', '.join(different)}; "
             "train it again, or run it unpinned as hf:PATH"
@@ -103,7 +118,9 @@ def read_manifest(directory: Path) -> Model:
     if adapter_of:
         base = (directory / adapter_of).resolve()
         if not base.is_dir():
-            raise ModelError(f"the base of adapter {name!r} is missing: {base}; put it there, or train {parent!r} first")
+            raise ModelError(
+                f"the base of adapter {name!r} is missing: {base}; put it there, or train {parent!r} first"
+            )
         target, adapter = str(base), str(directory)
     return Model(
         name, "hf", target, adapter, parent, stage, sha256_json(files), str(manifest.get("description", ""))
@@ -137,7 +154,9 @@ def from_pyproject(path: Path) -> list[Model]:
         if not isinstance(table, dict) or not all(
             isinstance(value, dict if key == "options" else str) for key, value in table.items()
         ):
-            raise ModelError(f"[tool.pocket.models.{name}] in {path}: give each key a string, options a table")
+            raise ModelError(
+                f"[tool.pocket.models.{name}] in {path}: give each key a string, options a table"
+            )
         try:
             models.append(Model(name=name, **table))
         except TypeError as error:

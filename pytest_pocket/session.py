@@ -64,13 +64,17 @@ class Session:
         """Where the records are; None before the session has opened."""
         return self._run.directory if self._run else None
 
-    def open(self) -> None:
-        """Find a sandbox that works, and begin the records.
+    def open(self, cells: Iterable[Cell] = ()) -> None:
+        """Find a sandbox that works, load the engines that the cells need, and begin the records.
 
-        Raises SandboxUnavailable or RecordsError, and then leaves no record.
+        Raises SandboxUnavailable, ModelError or RecordsError, and then leaves no record.
         """
         self._workshop = Workshop(sandbox.select(self.options.sandbox))
-        options = {key: str(value) if isinstance(value, Path) else value for key, value in asdict(self.options).items()}
+        self._prepare(cells)
+        options = {
+            key: str(value) if isinstance(value, Path) else value
+            for key, value in asdict(self.options).items()
+        }
         info = records.describe(
             command=self._command,
             models=self.models.values(),
@@ -89,17 +93,6 @@ class Session:
                 self._engines[name] = self._build(self.models[name])
             return self._engines[name]
 
-    def prepare(self, cells: Iterable[Cell]) -> None:
-        """Load the engines that the cells need, so that a bad one is known before anything is played.
-
-        Raises ModelError, also for a model that is to think and cannot.
-        """
-        wanted: dict[str, bool] = {}
-        for cell in cells:
-            wanted[cell.model] = wanted.get(cell.model, False) or cell.condition.think
-        for name, think in wanted.items():
-            check_think(name, self.engine(name), think)
-
     def start_pool(self, cells: Iterable[Cell]) -> None:
         """From now on, play ahead of what is asked for."""
         self._pool = Pool(self.play, cells, self.options.in_flight)
@@ -112,7 +105,9 @@ class Session:
         """Play a cell and record it.  Raises Cancelled (nothing is recorded), ModelError, RecordsError."""
         assert self._workshop and self._run, "the session has not been opened"
         options = self.options
-        done = attempt(cell, self.engine(cell.model), self._workshop, options.budget, options.seed, options.split)
+        done = attempt(
+            cell, self.engine(cell.model), self._workshop, options.budget, options.seed, options.split
+        )
         rerun = self._played.get(cell, 0)
         self._played[cell] = rerun + 1
         for candidate, episode in enumerate(done.episodes):
@@ -169,6 +164,13 @@ class Session:
         while self._engines:
             self._engines.popitem()[1].close()
 
+    def _prepare(self, cells: Iterable[Cell]) -> None:
+        wanted: dict[str, bool] = {}
+        for cell in cells:
+            wanted[cell.model] = wanted.get(cell.model, False) or cell.condition.think
+        for name, think in wanted.items():
+            check_think(name, self.engine(name), think)
+
     def _chat(self, name: str, request: ChatRequest) -> ChatReply:
         """Answer a worker.  Raises ModelError, which ends the session."""
         engine = self.engine(name)
@@ -186,13 +188,17 @@ class Session:
             raise ModelError(f"model {model.name!r} does not fit into memory: choose a smaller one") from None
         except Exception as error:
             reason = f"{type(error).__name__}: {error}".strip().splitlines()[0]
-            raise ModelError(f"cannot load model {model.name!r} ({model.backend}:{model.target}): {reason}") from error
+            raise ModelError(
+                f"cannot load model {model.name!r} ({model.backend}:{model.target}): {reason}"
+            ) from error
 
 
 def check_think(name: str, engine: Backend, think: bool) -> None:
     """Raise ModelError when a model is asked to think that is known to have no switch for it."""
     if think and getattr(engine, "supports_think", None) is False:
-        raise ModelError(f"--pocket-think on: model {name!r} has no switch for thinking in its chat template; use off")
+        raise ModelError(
+            f"--pocket-think on: model {name!r} has no switch for thinking in its chat template; use off"
+        )
 
 
 def _labels(models: Iterable[Model]) -> dict[str, str]:
@@ -205,4 +211,3 @@ def _labels(models: Iterable[Model]) -> dict[str, str]:
             label = f"{model.slug}_{number}"
         labels[model.name] = label
     return labels
-

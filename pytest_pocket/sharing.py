@@ -39,7 +39,9 @@ class Server:
         self._chat = chat
         self._folder = _private_folder()
         self.authkey = secrets.token_bytes(32)
-        self._listener = Listener(os.path.join(self._folder, "engines"), "AF_UNIX", backlog=64, authkey=self.authkey)
+        self._listener = Listener(
+            os.path.join(self._folder, "engines"), "AF_UNIX", backlog=64, authkey=self.authkey
+        )
         self.address = str(self._listener.address)
         self.failure: ModelError | None = None
         self._connections: set[Connection[Any, Any]] = set()
@@ -73,7 +75,9 @@ class Server:
                     connection.close()
                     return
                 self._connections.add(connection)
-            threading.Thread(target=self._serve, args=(connection,), name="pocket-worker", daemon=True).start()
+            threading.Thread(
+                target=self._serve, args=(connection,), name="pocket-worker", daemon=True
+            ).start()
 
     def _serve(self, connection: Connection[Any, Any]) -> None:
         try:
@@ -153,7 +157,10 @@ def watch(address: str, authkey: bytes, ended: Callable[[], None]) -> None:
     """Call ``ended`` from another thread when the controller closes or dies: nothing may outlive the session."""
 
     def wait() -> None:
-        with contextlib.suppress(OSError, EOFError, AuthenticationError), Client(address, "AF_UNIX", authkey=authkey) as line:
+        with (
+            contextlib.suppress(OSError, EOFError, AuthenticationError),
+            Client(address, "AF_UNIX", authkey=authkey) as line,
+        ):
             line.recv()
         ended()
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import pkgutil
 from collections.abc import Iterable
 from functools import cache
-from types import ModuleType
+from pathlib import Path
+from types import FunctionType, ModuleType
 
 from pytest_pocket.task import Task
 
@@ -63,3 +65,24 @@ def find(name: str) -> Task:
     if task is None:
         raise TaskError(f"unknown task {name!r}: choose from {', '.join((*shipped(), *_added))}")
     return task
+
+
+def by_file(tasks: Iterable[Task]) -> dict[Path, list[Task]]:
+    """Add tasks, and sort them by the file that defines each.  Raises TaskError for a name given twice."""
+    files: dict[Path, list[Task]] = {}
+    names: set[str] = set()
+    for task in tasks:
+        if task.name in names:
+            raise TaskError(f"task {task.name!r} is added twice: choose another name")
+        names.add(task.name)
+        files.setdefault(_source(type(task)), []).append(task)
+    add(task for found in files.values() for task in found)
+    return files
+
+
+def _source(cls: type[Task]) -> Path:
+    """The file of a class, by its methods: a conftest's module name may since belong to another conftest."""
+    for value in vars(cls).values():
+        if isinstance(value, FunctionType):
+            return Path(value.__code__.co_filename).resolve()
+    return Path(inspect.getfile(cls)).resolve()

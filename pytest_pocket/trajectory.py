@@ -73,7 +73,9 @@ def _message(message: Message) -> Iterator[str]:
     if message.thinking:
         yield from _block("thinks", message.thinking)
     if message.content or not (message.calls or message.thinking):
-        yield from _block({"tool": "result", "assistant": "says"}.get(message.role, message.role), message.content)
+        yield from _block(
+            {"tool": "result", "assistant": "says"}.get(message.role, message.role), message.content
+        )
     for call in message.calls:
         yield from _block("calls", _call(call))
 

@@ -40,7 +40,21 @@ remove render repair replace report reset resize restore retry scan send sort sp
 upload validate verify wrap write""".split()
 
 DIRECTORIES = Kinds(
-    train=["app", "src", "lib", "core", "data", "docs", "etc", "config", "tools", "scripts", "notes", "project", "service"],
+    train=[
+        "app",
+        "src",
+        "lib",
+        "core",
+        "data",
+        "docs",
+        "etc",
+        "config",
+        "tools",
+        "scripts",
+        "notes",
+        "project",
+        "service",
+    ],
     dev=["modules", "shared"],
     eval=["internal", "workspace", "resources"],
 )
@@ -61,7 +75,17 @@ VALUE_ALONE = Kinds(
 )
 
 GREETINGS = Kinds(
-    train=["", "", "", "Please help me. ", "Hi. ", "A small job: ", "Quick question. ", "Next task. ", "In this project: "],
+    train=[
+        "",
+        "",
+        "",
+        "Please help me. ",
+        "Hi. ",
+        "A small job: ",
+        "Quick question. ",
+        "Next task. ",
+        "In this project: ",
+    ],
     dev=["Hello there. ", "One thing to do. "],
     eval=["Hey. ", "I need your help. ", "To do: "],
 )

@@ -20,7 +20,11 @@ WORDINGS = Kinds(
         "{what} The answer is in this message.",
     ],
     dev=["Right away: {what}", "{what} Do not search."],
-    eval=["Off the top of your head: {what}", "You need not look at any file. {what}", "{what} All you need is here."],
+    eval=[
+        "Off the top of your head: {what}",
+        "You need not look at any file. {what}",
+        "{what} All you need is here.",
+    ],
 )
 
 QUESTIONS = Kinds(
@@ -37,7 +41,10 @@ QUESTIONS = Kinds(
         ("After `{name} = {port}`, what is the value of {name}?", "port"),
     ],
     dev=[("Which module does `import {name}` import?", "name")],
-    eval=[("In `cp {name}.{ending} {folder}`, where is the file copied to?", "folder"), ("What is assigned to the variable in `{function} = {port}`?", "port")],
+    eval=[
+        ("In `cp {name}.{ending} {folder}`, where is the file copied to?", "folder"),
+        ("What is assigned to the variable in `{function} = {port}`?", "port"),
+    ],
 )
 
 
@@ -62,7 +69,9 @@ class AnswerDirectly(Task):
             "last": items[-1],
         }
         prompt = question(draw, WORDINGS, what=ask.format(**facts))
-        return Problem(prompt=prompt, files={f"{items[1]}.txt": items[2] + "\n"}, expect={"value": facts[wanted]})
+        return Problem(
+            prompt=prompt, files={f"{items[1]}.txt": items[2] + "\n"}, expect={"value": facts[wanted]}
+        )
 
     def solve(self, instance: Instance) -> Solution:
         return str(instance.expect["value"])

@@ -20,12 +20,21 @@ WORDINGS = Kinds(
         "Attach the line `{line}` to the end of `{path}`.",
         "Make `{line}` the new last line of `{path}`.",
     ],
-    dev=["Let `{path}` end with the additional line `{line}`.", "Tack `{line}` onto `{path}` as its own line."],
-    eval=["After everything else in `{path}`, there should be a line `{line}`: add it.", "Grow `{path}` by one line at its end, namely `{line}`.", "Insert `{line}` below the last line of `{path}`."],
+    dev=[
+        "Let `{path}` end with the additional line `{line}`.",
+        "Tack `{line}` onto `{path}` as its own line.",
+    ],
+    eval=[
+        "After everything else in `{path}`, there should be a line `{line}`: add it.",
+        "Grow `{path}` by one line at its end, namely `{line}`.",
+        "Insert `{line}` below the last line of `{path}`.",
+    ],
 )
 
 ENDS = Kinds(train=["\n", "\n", ""], dev=["\n"], eval=["\n"])
-LINES = Kinds(train=["{0}", "- {0}", "# {0}", "{1} = {2}", "{1}: {2}"], dev=["* {0}"], eval=["{1},{2}", "[ ] {0}"])
+LINES = Kinds(
+    train=["{0}", "- {0}", "# {0}", "{1} = {2}", "{1}: {2}"], dev=["* {0}"], eval=["{1},{2}", "[ ] {0}"]
+)
 
 
 class AppendLine(Task):
@@ -46,7 +55,9 @@ class AppendLine(Task):
         )
 
     def solve(self, instance: Instance) -> Solution:
-        yield ToolCall("Bash", {"command": f"sed -i '$a {instance.expect['line']}' {instance.expect['path']}"})
+        yield ToolCall(
+            "Bash", {"command": f"sed -i '$a {instance.expect['line']}' {instance.expect['path']}"}
+        )
         return "Done."
 
     def reward(self, instance: Instance, final: Final) -> Score:

@@ -21,7 +21,11 @@ WORDINGS = Kinds(
         "Here is the content of `{path}`; create it:\n\n{content}",
     ],
     dev=["Produce `{path}` from this text:\n\n{content}", "New file `{path}`, content:\n\n{content}"],
-    eval=["Set up `{path}` so that it reads:\n\n{content}", "Write down the following in `{path}`, letter by letter:\n\n{content}", "Make a new file, `{path}`, holding:\n\n{content}"],
+    eval=[
+        "Set up `{path}` so that it reads:\n\n{content}",
+        "Write down the following in `{path}`, letter by letter:\n\n{content}",
+        "Make a new file, `{path}`, holding:\n\n{content}",
+    ],
 )
 
 LINES = Kinds(
@@ -61,7 +65,9 @@ class CreateFile(Task):
         )
 
     def solve(self, instance: Instance) -> Solution:
-        yield ToolCall("Write", {"file_path": instance.expect["path"], "content": instance.expect["content"] + "\n"})
+        yield ToolCall(
+            "Write", {"file_path": instance.expect["path"], "content": instance.expect["content"] + "\n"}
+        )
         return "Done."
 
     def reward(self, instance: Instance, final: Final) -> Score:

@@ -20,7 +20,11 @@ WORDINGS = Kinds(
         "One file has to go: {what}. Delete it.",
     ],
     dev=["Discard the file {what}.", "Drop {what} from this folder tree."],
-    eval=["Throw the file {what} out.", "Make sure that {what} does not exist any more.", "The project should be without {what}: remove that file."],
+    eval=[
+        "Throw the file {what} out.",
+        "Make sure that {what} does not exist any more.",
+        "The project should be without {what}: remove that file.",
+    ],
 )
 
 KINDS = Kinds(
@@ -42,7 +46,10 @@ class DeleteFile(Task):
         path = f"{folder}{stem}.{ending}"
         what, command = {
             "path": (f"`{path}`", f"rm {path}"),
-            "name": (f"named `{stem}.{ending}`, in whatever folder it is", f"find . -name {stem}.{ending} -delete"),
+            "name": (
+                f"named `{stem}.{ending}`, in whatever folder it is",
+                f"find . -name {stem}.{ending} -delete",
+            ),
             "ending": (f"that ends in `.{ending}`", f"find . -name '*.{ending}' -delete"),
         }[kind]
         paths = [
@@ -67,4 +74,6 @@ class DeleteFile(Task):
     def reward(self, instance: Instance, final: Final) -> Score:
         path = instance.expect["path"]
         gone = path not in final.after
-        return score(final, Check("deleted", float(gone), "" if gone else f"{path} is still there"), may_change=[path])
+        return score(
+            final, Check("deleted", float(gone), "" if gone else f"{path} is still there"), may_change=[path]
+        )

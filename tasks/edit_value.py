@@ -21,8 +21,15 @@ WORDINGS = Kinds(
         "Correct {setting} in `{path}`: not {old} but {new}.",
         "I want {new} rather than {old} for {setting} in `{path}`.",
     ],
-    dev=["Switch {setting} in `{path}` over from {old} to {new}.", "{setting} in `{path}`: {old} becomes {new}."],
-    eval=["Turn {setting} in `{path}` from {old} into {new}.", "Adjust `{path}`; for {setting} we now use {new}, before it was {old}.", "Where `{path}` sets {setting} to {old}, write {new}."],
+    dev=[
+        "Switch {setting} in `{path}` over from {old} to {new}.",
+        "{setting} in `{path}`: {old} becomes {new}.",
+    ],
+    eval=[
+        "Turn {setting} in `{path}` from {old} into {new}.",
+        "Adjust `{path}`; for {setting} we now use {new}, before it was {old}.",
+        "Where `{path}` sets {setting} to {old}, write {new}.",
+    ],
 )
 
 
@@ -36,9 +43,15 @@ class EditValue(Task):
         while new == config.value or new.isdigit() != config.value.isdigit():
             (new,) = values(draw, 1)
         return Problem(
-            prompt=phrase(draw, WORDINGS, path=config.path, setting=config.setting, old=config.value, new=new),
+            prompt=phrase(
+                draw, WORDINGS, path=config.path, setting=config.setting, old=config.value, new=new
+            ),
             files={**decoy(draw, config), config.path: config.text()},
-            expect={"path": config.path, "text": config.text(new), "change": config.change(config.value, new)},
+            expect={
+                "path": config.path,
+                "text": config.text(new),
+                "change": config.change(config.value, new),
+            },
         )
 
     def solve(self, instance: Instance) -> Solution:
@@ -49,4 +62,6 @@ class EditValue(Task):
         path = instance.expect["path"]
         text = final.text(path)
         right = text is not None and text.removesuffix("\n") == instance.expect["text"].removesuffix("\n")
-        return score(final, Check("value", float(right), "" if right else repr(text)[:160]), may_change=[path])
+        return score(
+            final, Check("value", float(right), "" if right else repr(text)[:160]), may_change=[path]
+        )

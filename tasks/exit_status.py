@@ -22,11 +22,23 @@ WORDINGS = Kinds(
         "Please run `{command}`. Answer with `ok` or the failing exit status, nothing else.",
     ],
     dev=["Launch `{command}`: `ok` or which exit status?", "How does `{command}` end? `ok`, or the status."],
-    eval=["See whether `{command}` works. Reply `ok`, or the exit status if not.", "`{command}` may fail. Tell me `ok` or the status it exits with.", "Give the exit status of `{command}`, writing `ok` for success."],
+    eval=[
+        "See whether `{command}` works. Reply `ok`, or the exit status if not.",
+        "`{command}` may fail. Tell me `ok` or the status it exits with.",
+        "Give the exit status of `{command}`, writing `ok` for success.",
+    ],
 )
 
 MESSAGES = Kinds(
-    train=["done", "all is well", "error: no {0}", "warning: {0} is old", "checking the {0}", "finished with {0}", "failed to find {0}"],
+    train=[
+        "done",
+        "all is well",
+        "error: no {0}",
+        "warning: {0} is old",
+        "checking the {0}",
+        "finished with {0}",
+        "failed to find {0}",
+    ],
     dev=["{0}: passed"],
     eval=["{0}: status 9", "ready: {0}"],
 )
@@ -47,7 +59,11 @@ class ExitStatus(Task):
         else:
             program, ending = "python3", "py"
             half = status // 2
-            text = "import sys\n\n" + "".join(f"print('{line}')\n" for line in lines) + f"sys.exit({half} + {status - half})\n"
+            text = (
+                "import sys\n\n"
+                + "".join(f"print('{line}')\n" for line in lines)
+                + f"sys.exit({half} + {status - half})\n"
+            )
         path = f"{directory(draw)}{stem}.{ending}"
         return Problem(
             prompt=phrase(draw, WORDINGS, command=f"{program} {path}"),

@@ -21,14 +21,25 @@ WORDINGS = Kinds(
         "The function `{name}` is defined in one of the files here. Which one? Path only.",
         "Locate `{name}`: which file defines it? Answer with a path.",
     ],
-    dev=["Point me to the file that has the definition of `{name}`: the path, no more.", "`{name}` is defined where? Path only."],
-    eval=["What is the path of the source file defining `{name}`? Say only that.", "Find out where `{name}` comes from: reply with the defining file's path.", "Path of the file with the definition of `{name}`, please."],
+    dev=[
+        "Point me to the file that has the definition of `{name}`: the path, no more.",
+        "`{name}` is defined where? Path only.",
+    ],
+    eval=[
+        "What is the path of the source file defining `{name}`? Say only that.",
+        "Find out where `{name}` comes from: reply with the defining file's path.",
+        "Path of the file with the definition of `{name}`, please.",
+    ],
 )
 
 LANGUAGES = Kinds(
     train=[
         ("py", "def {0}(value):\n    return value\n", "from {1} import {0}\n\n{0}(3)\n"),
-        ("js", "function {0}(value) {{\n  return value;\n}}\n", "import {{ {0} }} from './{1}';\n\n{0}(3);\n"),
+        (
+            "js",
+            "function {0}(value) {{\n  return value;\n}}\n",
+            "import {{ {0} }} from './{1}';\n\n{0}(3);\n",
+        ),
         ("go", "func {0}(value int) int {{\n\treturn value\n}}\n", "package main\n\nvar x = {0}(3)\n"),
     ],
     dev=[("kt", "fun {0}(value: Int): Int {{\n    return value\n}}\n", "val x = {0}(3)\n")],
@@ -64,8 +75,12 @@ class FindDefinition(Task):
         )
 
     def solve(self, instance: Instance) -> Solution:
-        yield ToolCall("Bash", {"command": f'grep -rlwE "(def|function|func|fun|fn) {instance.expect["name"]}" *'})
+        yield ToolCall(
+            "Bash", {"command": f'grep -rlwE "(def|function|func|fun|fn) {instance.expect["name"]}" *'}
+        )
         return str(instance.expect["path"])
 
     def reward(self, instance: Instance, final: Final) -> Score:
-        return score(final, Check("path", float(says_path(final.answer, instance.expect["path"])), final.answer[:80]))
+        return score(
+            final, Check("path", float(says_path(final.answer, instance.expect["path"])), final.answer[:80])
+        )

@@ -21,8 +21,15 @@ WORDINGS = Kinds(
         "Please get `{test}` to pass. Only `{path}` may change.",
         "Something in `{path}` is wrong; its docstring says what it should do. Fix it so that `python3 {test}` succeeds.",
     ],
-    dev=["Debug `{path}` until `python3 {test}` prints ok.", "`{test}` is red. Turn it green by fixing `{path}`."],
-    eval=["Find out why `python3 {test}` fails, and correct `{path}` accordingly.", "The code in `{path}` does not do what it says; `{test}` proves it. Put it right.", "Bring `{path}` in line with `{test}`, without touching the test."],
+    dev=[
+        "Debug `{path}` until `python3 {test}` prints ok.",
+        "`{test}` is red. Turn it green by fixing `{path}`.",
+    ],
+    eval=[
+        "Find out why `python3 {test}` fails, and correct `{path}` accordingly.",
+        "The code in `{path}` does not do what it says; `{test}` proves it. Put it right.",
+        "Bring `{path}` in line with `{test}`, without touching the test.",
+    ],
 )
 
 
@@ -47,7 +54,13 @@ class FixFailingTest(Task):
                 f"test_{module}.py": function.test(module),
                 f"{other}.md": sentence(draw) + "\n",
             },
-            expect={"module": module, "name": function.name, "cases": function.hidden, "wrong": wrong, "right": right},
+            expect={
+                "module": module,
+                "name": function.name,
+                "cases": function.hidden,
+                "wrong": wrong,
+                "right": right,
+            },
         )
 
     def solve(self, instance: Instance) -> Solution:

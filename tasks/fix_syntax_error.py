@@ -24,7 +24,11 @@ WORDINGS = Kinds(
         "Find and fix the syntax mistake in `{path}`.",
     ],
     dev=["Get `python3 {path}` to work; its syntax is broken.", "Syntax error in `{path}`: please fix."],
-    eval=["A typing slip keeps `{path}` from compiling. Put it right.", "Python cannot parse `{path}`; correct the slip.", "Repair `{path}` so that Python accepts it again."],
+    eval=[
+        "A typing slip keeps `{path}` from compiling. Put it right.",
+        "Python cannot parse `{path}`; correct the slip.",
+        "Repair `{path}` so that Python accepts it again.",
+    ],
 )
 
 
@@ -45,7 +49,10 @@ BREAKS = Kinds(
         ("    for ", ":", lambda line: line.removesuffix(":")),
     ],
     dev=[("def ", "def ", lambda line: line.replace("def ", "function ", 1))],
-    eval=[("print(", "print(", lambda line: line.replace("print(", "print((", 1)), ("def ", "def ", lambda line: line.replace("def ", "fed ", 1))],
+    eval=[
+        ("print(", "print(", lambda line: line.replace("print(", "print((", 1)),
+        ("def ", "def ", lambda line: line.replace("def ", "fed ", 1)),
+    ],
 )
 
 
@@ -80,13 +87,22 @@ class FixSyntaxError(Task):
         return Problem(
             prompt=phrase(draw, WORDINGS, path=path),
             files={path: text, f"{other}.md": sentence(draw) + "\n"},
-            expect={"path": path, "name": function.name, "cases": function.hidden, "old": broken, "new": lines[spot]},
+            expect={
+                "path": path,
+                "name": function.name,
+                "cases": function.hidden,
+                "old": broken,
+                "new": lines[spot],
+            },
         )
 
     def solve(self, instance: Instance) -> Solution:
         path = instance.expect["path"]
         yield ToolCall("Bash", {"command": f"python3 {path}"})
-        yield ToolCall("Edit", {"file_path": path, "old_string": instance.expect["old"], "new_string": instance.expect["new"]})
+        yield ToolCall(
+            "Edit",
+            {"file_path": path, "old_string": instance.expect["old"], "new_string": instance.expect["new"]},
+        )
         yield ToolCall("Bash", {"command": f"python3 {path}"})
         return "Done."
 

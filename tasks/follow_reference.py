@@ -22,16 +22,31 @@ WORDINGS = Kinds(
         "`{start}` is an index of files. Get the code for {topic}.",
     ],
     dev=["By way of `{start}`, find the code for {topic}.", "Consult `{start}` and fetch the {topic} code."],
-    eval=["The index `{start}` leads to the {topic} code: what is it?", "Which code belongs to {topic}? `{start}` knows the file.", "Get the {topic} code by following `{start}`."],
+    eval=[
+        "The index `{start}` leads to the {topic} code: what is it?",
+        "Which code belongs to {topic}? `{start}` knows the file.",
+        "Get the {topic} code by following `{start}`.",
+    ],
 )
 
 INDEXES = Kinds(
-    train=["{topic}: {path}", "{topic} -> {path}", "{topic} = {path}", "the {topic} code is in {path}", "- {topic}: see {path}", "for {topic} open {path}"],
+    train=[
+        "{topic}: {path}",
+        "{topic} -> {path}",
+        "{topic} = {path}",
+        "the {topic} code is in {path}",
+        "- {topic}: see {path}",
+        "for {topic} open {path}",
+    ],
     dev=["{topic} | {path}"],
     eval=["* {topic} lives in {path}", "[{topic}]({path})"],
 )
 
-CONTENTS = Kinds(train=["{value}\n", "code: {value}\n", "code = {value}\n", "# private\n{value}\n"], dev=["the code is {value}\n"], eval=["CODE={value}\n", "code -> {value}\n"])
+CONTENTS = Kinds(
+    train=["{value}\n", "code: {value}\n", "code = {value}\n", "# private\n{value}\n"],
+    dev=["the code is {value}\n"],
+    eval=["CODE={value}\n", "code -> {value}\n"],
+)
 
 
 class FollowReference(Task):
@@ -62,4 +77,6 @@ class FollowReference(Task):
         return str(instance.expect["value"])
 
     def reward(self, instance: Instance, final: Final) -> Score:
-        return score(final, Check("value", float(says(final.answer, instance.expect["value"])), final.answer[:80]))
+        return score(
+            final, Check("value", float(says(final.answer, instance.expect["value"])), final.answer[:80])
+        )

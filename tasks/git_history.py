@@ -22,23 +22,59 @@ WORDINGS = Kinds(
         "{what} Ask git.",
     ],
     dev=["Inspect the repository. {what}", "Git knows: {what}"],
-    eval=["Consult the version history. {what}", "{what} (This is a git repository.)", "Answer from the commits: {what}"],
+    eval=[
+        "Consult the version history. {what}",
+        "{what} (This is a git repository.)",
+        "Answer from the commits: {what}",
+    ],
 )
 
 QUESTIONS = Kinds(
     train=[
-        ("What is the full name of the author of the latest commit?", "author", -1, "git log -1 --format=%an"),
+        (
+            "What is the full name of the author of the latest commit?",
+            "author",
+            -1,
+            "git log -1 --format=%an",
+        ),
         ("Who made the most recent commit? I want the full name.", "author", -1, "git log -1 --format=%an"),
         ("What is the subject of the latest commit?", "subject", -1, "git log -1 --format=%s"),
         ("What does the newest commit's subject say?", "subject", -1, "git log -1 --format=%s"),
-        ("Who (full name) made the commit `{subject}`?", "author", 1, "git log -1 --format=%an --grep='{subject}'"),
-        ("What is the full name of the author of the commit with the subject `{subject}`?", "author", 1, "git log -1 --format=%an --grep='{subject}'"),
-        ("What is the subject of the commit that added `{file}`?", "subject", 1, "git log -1 --format=%s {file}"),
+        (
+            "Who (full name) made the commit `{subject}`?",
+            "author",
+            1,
+            "git log -1 --format=%an --grep='{subject}'",
+        ),
+        (
+            "What is the full name of the author of the commit with the subject `{subject}`?",
+            "author",
+            1,
+            "git log -1 --format=%an --grep='{subject}'",
+        ),
+        (
+            "What is the subject of the commit that added `{file}`?",
+            "subject",
+            1,
+            "git log -1 --format=%s {file}",
+        ),
         ("Who (full name) added the file `{file}`?", "author", 1, "git log -1 --format=%an {file}"),
     ],
-    dev=[("Which full name stands as author on the last commit that touched `{file}`?", "author", 1, "git log -1 --format=%an {file}")],
+    dev=[
+        (
+            "Which full name stands as author on the last commit that touched `{file}`?",
+            "author",
+            1,
+            "git log -1 --format=%an {file}",
+        )
+    ],
     eval=[
-        ("What is the full name of the author of the very first commit?", "author", 0, "git log --reverse --format=%an | head -1"),
+        (
+            "What is the full name of the author of the very first commit?",
+            "author",
+            0,
+            "git log --reverse --format=%an | head -1",
+        ),
         ("Which commit subject brought in `{file}`?", "subject", 1, "git log -1 --format=%s {file}"),
     ],
 )
@@ -55,7 +91,10 @@ class GitHistory(Task):
         count = draw.number(3, 4)
         surnames = draw.sample(SURNAMES, count)
         authors = [f"{draw.kind('wording', PEOPLE)} {surname}" for surname in surnames]
-        subjects = [f"{verb} the {noun}" for verb, noun in zip(draw.sample(VERBS, count), nouns(draw, count), strict=True)]
+        subjects = [
+            f"{verb} the {noun}"
+            for verb, noun in zip(draw.sample(VERBS, count), nouns(draw, count), strict=True)
+        ]
         files = [f"{stem}.txt" for stem in nouns(draw, count)]
         target = which % count
         script = ["git init -q --template= ."]
@@ -70,7 +109,10 @@ class GitHistory(Task):
         return Problem(
             prompt=question(draw, WORDINGS, what=ask.format(**hints)),
             files={file: sentence(draw) + "\n" for file in files},
-            expect={"value": (authors if field == "author" else subjects)[target], "command": command.format(**hints)},
+            expect={
+                "value": (authors if field == "author" else subjects)[target],
+                "command": command.format(**hints),
+            },
             setup=" && ".join(script),
         )
 
@@ -78,4 +120,6 @@ class GitHistory(Task):
         return (yield ToolCall("Bash", {"command": instance.expect["command"]}))
 
     def reward(self, instance: Instance, final: Final) -> Score:
-        return score(final, Check("value", float(says(final.answer, instance.expect["value"])), final.answer[:80]))
+        return score(
+            final, Check("value", float(says(final.answer, instance.expect["value"])), final.answer[:80])
+        )

@@ -21,8 +21,15 @@ WORDINGS = Kinds(
         "`{path}` lacks the code of `{name}`. Add it and check it by `python3 {test}`.",
         "Make `python3 {test}` pass by implementing `{name}` in `{path}`.",
     ],
-    dev=["Supply the missing code for `{name}` in `{path}`; `{test}` tells when it is right.", "Finish `{name}` in `{path}` and test it with `python3 {test}`."],
-    eval=["`{name}` is still a stub in `{path}`. Turn it into working code that `python3 {test}` accepts.", "Do what the docstring of `{name}` in `{path}` promises. `{test}` has examples.", "Code up `{name}` within `{path}`, to the satisfaction of `python3 {test}`."],
+    dev=[
+        "Supply the missing code for `{name}` in `{path}`; `{test}` tells when it is right.",
+        "Finish `{name}` in `{path}` and test it with `python3 {test}`.",
+    ],
+    eval=[
+        "`{name}` is still a stub in `{path}`. Turn it into working code that `python3 {test}` accepts.",
+        "Do what the docstring of `{name}` in `{path}` promises. `{test}` has examples.",
+        "Code up `{name}` within `{path}`, to the satisfaction of `python3 {test}`.",
+    ],
 )
 
 STUBS = Kinds(

@@ -23,8 +23,15 @@ WORDINGS = Kinds(
         "I lost a `.{ending}` file in `{folder}`. Where is it? Give the path.",
         "Give me the path of the only `.{ending}` file under `{folder}`.",
     ],
-    dev=["In the tree `{folder}`, one file ends with `.{ending}`: its path?", "Look for `.{ending}` under `{folder}`. Path only."],
-    eval=["Path of the `.{ending}` file somewhere below `{folder}`, please.", "`{folder}` contains a single file of type `.{ending}`. State its path.", "Which `.{ending}` file is there in `{folder}` or deeper? Answer with the path."],
+    dev=[
+        "In the tree `{folder}`, one file ends with `.{ending}`: its path?",
+        "Look for `.{ending}` under `{folder}`. Path only.",
+    ],
+    eval=[
+        "Path of the `.{ending}` file somewhere below `{folder}`, please.",
+        "`{folder}` contains a single file of type `.{ending}`. State its path.",
+        "Which `.{ending}` file is there in `{folder}` or deeper? Answer with the path.",
+    ],
 )
 
 LAYOUTS = Kinds(
@@ -63,4 +70,6 @@ class ListFiles(Task):
         return str(instance.expect["path"])
 
     def reward(self, instance: Instance, final: Final) -> Score:
-        return score(final, Check("path", float(says_path(final.answer, instance.expect["path"])), final.answer[:80]))
+        return score(
+            final, Check("path", float(says_path(final.answer, instance.expect["path"])), final.answer[:80])
+        )

@@ -23,7 +23,11 @@ WORDINGS = Kinds(
         "`{path}` has several settings. What is the one for {setting}?",
     ],
     dev=["Find out what `{path}` says about {setting}.", "Open `{path}` and give me {setting}."],
-    eval=["{setting}: what does `{path}` set it to?", "What did somebody configure for {setting} in `{path}`?", "From `{path}`, extract {setting}."],
+    eval=[
+        "{setting}: what does `{path}` set it to?",
+        "What did somebody configure for {setting} in `{path}`?",
+        "From `{path}`, extract {setting}.",
+    ],
 )
 
 
@@ -44,4 +48,6 @@ class ReadValue(Task):
         return str(instance.expect["value"])
 
     def reward(self, instance: Instance, final: Final) -> Score:
-        return score(final, Check("value", float(says(final.answer, instance.expect["value"])), final.answer[:80]))
+        return score(
+            final, Check("value", float(says(final.answer, instance.expect["value"])), final.answer[:80])
+        )

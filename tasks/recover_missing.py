@@ -22,16 +22,27 @@ WORDINGS = Kinds(
         "Report the code that stands in `{path}`.",
     ],
     dev=["Fetch the code out of `{path}`.", "`{path}` has a code: which?"],
-    eval=["Tell me what code you find in `{path}`.", "The file `{path}` contains a code; I want it.", "Retrieve the code kept in `{path}`."],
+    eval=[
+        "Tell me what code you find in `{path}`.",
+        "The file `{path}` contains a code; I want it.",
+        "Retrieve the code kept in `{path}`.",
+    ],
 )
 
 HINTS = Kinds(
-    train=["", " The file may have been moved.", " If it is not there, look for a file of that name elsewhere.", " I am not sure about the path."],
+    train=[
+        "",
+        " The file may have been moved.",
+        " If it is not there, look for a file of that name elsewhere.",
+        " I am not sure about the path.",
+    ],
     dev=[" The path may be out of date."],
     eval=[" Somebody may have renamed a folder.", " Perhaps the folder is wrong."],
 )
 
-CONTENTS = Kinds(train=["{0}\n", "code: {0}\n", "code = {0}\n"], dev=["the code is {0}\n"], eval=["CODE={0}\n"])
+CONTENTS = Kinds(
+    train=["{0}\n", "code: {0}\n", "code = {0}\n"], dev=["the code is {0}\n"], eval=["CODE={0}\n"]
+)
 
 
 class RecoverMissing(Task):
@@ -42,9 +53,17 @@ class RecoverMissing(Task):
         stem, other, one, two, third = nouns(draw, 5)
         wrong, *folders = draw.sample(list(DIRECTORIES.train), 4)
         ending = draw.pick(["txt", "md", "cfg"])
-        right = draw.pick([f"{folders[0]}/{stem}.{ending}", f"{folders[0]}/{folders[1]}/{stem}.{ending}", f"{wrong}/{folders[0]}/{stem}.{ending}"])
+        right = draw.pick(
+            [
+                f"{folders[0]}/{stem}.{ending}",
+                f"{folders[0]}/{folders[1]}/{stem}.{ending}",
+                f"{wrong}/{folders[0]}/{stem}.{ending}",
+            ]
+        )
         content = draw.kind("layout", CONTENTS)
-        values = [f"{word}-{code}" for word, code in zip((one, two), draw.sample(range(100, 999), 2), strict=True)]
+        values = [
+            f"{word}-{code}" for word, code in zip((one, two), draw.sample(range(100, 999), 2), strict=True)
+        ]
         files = {
             right: content.format(values[0]),
             f"{wrong}/{other}.{ending}": content.format(values[1]),
@@ -54,7 +73,12 @@ class RecoverMissing(Task):
         return Problem(
             prompt=prompt,
             files={path: files[path] for path in draw.sample(list(files), len(files))},
-            expect={"value": values[0], "wrong": f"{wrong}/{stem}.{ending}", "name": f"{stem}.{ending}", "right": right},
+            expect={
+                "value": values[0],
+                "wrong": f"{wrong}/{stem}.{ending}",
+                "name": f"{stem}.{ending}",
+                "right": right,
+            },
         )
 
     def solve(self, instance: Instance) -> Solution:
@@ -64,4 +88,6 @@ class RecoverMissing(Task):
         return str(instance.expect["value"])
 
     def reward(self, instance: Instance, final: Final) -> Score:
-        return score(final, Check("value", float(says(final.answer, instance.expect["value"])), final.answer[:80]))
+        return score(
+            final, Check("value", float(says(final.answer, instance.expect["value"])), final.answer[:80])
+        )

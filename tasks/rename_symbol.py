@@ -22,12 +22,23 @@ WORDINGS = Kinds(
         "Refactor: `{old}` becomes `{new}` in the Python files. Nothing else changes.",
         "Use the name `{new}` instead of `{old}` in all the Python files; leave the text files.",
     ],
-    dev=["Throughout the Python files, `{old}` is now to be named `{new}`. Only there.", "Rename function: `{old}` to `{new}`, `.py` files only."],
-    eval=["We no longer like the name `{old}`: make it `{new}` in the Python code, and only in it.", "`{new}` shall replace the name `{old}` across the `.py` files, and only those.", "Carry out the rename of `{old}` to `{new}` over all Python sources; other files keep it."],
+    dev=[
+        "Throughout the Python files, `{old}` is now to be named `{new}`. Only there.",
+        "Rename function: `{old}` to `{new}`, `.py` files only.",
+    ],
+    eval=[
+        "We no longer like the name `{old}`: make it `{new}` in the Python code, and only in it.",
+        "`{new}` shall replace the name `{old}` across the `.py` files, and only those.",
+        "Carry out the rename of `{old}` to `{new}` over all Python sources; other files keep it.",
+    ],
 )
 
 USES = Kinds(
-    train=["from {module} import {old}\n\nprint({old}(4))\n", "import {module}\n\nresult = {module}.{old}(2)\nprint(result)\n", "from {module} import {old}, {longer}\n\nprint({old}(1) + {longer}(2))\n"],
+    train=[
+        "from {module} import {old}\n\nprint({old}(4))\n",
+        "import {module}\n\nresult = {module}.{old}(2)\nprint(result)\n",
+        "from {module} import {old}, {longer}\n\nprint({old}(1) + {longer}(2))\n",
+    ],
     dev=["from {module} import {old} as run\n\nprint(run(3))\n"],
     eval=["import {module} as m\n\nassert m.{old}(5) == 10\nassert m.{longer}(5) == 15\n"],
 )
@@ -61,15 +72,24 @@ class RenameSymbol(Task):
         return Problem(
             prompt=phrase(draw, WORDINGS, old=old, new=new),
             files={**files, **rest},
-            expect={"old": old, "new": new, "texts": {path: re.sub(rf"\b{old}\b", new, text) for path, text in files.items()}},
+            expect={
+                "old": old,
+                "new": new,
+                "texts": {path: re.sub(rf"\b{old}\b", new, text) for path, text in files.items()},
+            },
         )
 
     def solve(self, instance: Instance) -> Solution:
         old, new = instance.expect["old"], instance.expect["new"]
-        yield ToolCall("Bash", {"command": f"grep -rlw {old} --include='*.py' . | xargs sed -i 's/\\b{old}\\b/{new}/g'"})
+        yield ToolCall(
+            "Bash", {"command": f"grep -rlw {old} --include='*.py' . | xargs sed -i 's/\\b{old}\\b/{new}/g'"}
+        )
         return "Done."
 
     def reward(self, instance: Instance, final: Final) -> Score:
         texts = instance.expect["texts"]
-        checks = [Check(f"renamed in {path}", float(final.text(path) == text), repr(final.text(path))[:120]) for path, text in texts.items()]
+        checks = [
+            Check(f"renamed in {path}", float(final.text(path) == text), repr(final.text(path))[:120])
+            for path, text in texts.items()
+        ]
         return score(final, *checks, may_change=list(texts))

@@ -6,7 +6,7 @@ is absent, and the other's value, change with the seed, and both lines must be r
 
 from pytest_pocket import Check, Draw, Final, Instance, Kinds, Problem, Score, Solution, Task, ToolCall, score
 from pytest_pocket.answers import normal
-from pytest_pocket.words import directory, nouns, phrase, sentence, values
+from pytest_pocket.words import directory, nouns, phrase, values
 
 WORDINGS = Kinds(
     train=[
@@ -22,7 +22,11 @@ WORDINGS = Kinds(
         "The file `{path}` may set `{a}` and `{b}`. What are they? {how}",
     ],
     dev=["From `{path}`: `{a}` and `{b}`, please. {how}", "Give me `{a}` and `{b}` out of `{path}`. {how}"],
-    eval=["Does `{path}` set `{a}` and `{b}`, and to what? {how}", "Extract `{a}` and `{b}` from `{path}`. {how}", "See what `{path}` holds for `{a}` and `{b}`. {how}"],
+    eval=[
+        "Does `{path}` set `{a}` and `{b}`, and to what? {how}",
+        "Extract `{a}` and `{b}` from `{path}`. {how}",
+        "See what `{path}` holds for `{a}` and `{b}`. {how}",
+    ],
 )
 
 HOW = Kinds(

@@ -21,19 +21,23 @@ WORDINGS = Kinds(
         "Find out what `{command}` outputs. Answer with the output.",
     ],
     dev=["Launch `{command}`; the answer is its output.", "Output of `{command}`?  Only that."],
-    eval=["Try `{command}` and quote its output, nothing more.", "What comes out of `{command}`? Bare output.", "Call `{command}` and hand me the line it writes."],
+    eval=[
+        "Try `{command}` and quote its output, nothing more.",
+        "What comes out of `{command}`? Bare output.",
+        "Call `{command}` and hand me the line it writes.",
+    ],
 )
 
 SCRIPTS = Kinds(
     train=[
-        ("py", "python3", "# prints {wrong}\nword = \"{word}\"\nprint(f\"{{word}}-{{{a} * {b}}}\")\n"),
+        ("py", "python3", '# prints {wrong}\nword = "{word}"\nprint(f"{{word}}-{{{a} * {b}}}")\n'),
         ("py", "python3", "a = {a}\nb = {b}\nprint(a * b)\n"),
-        ("sh", "sh", "# prints {wrong}\nword={word}\necho \"$word-$(({a} * {b}))\"\n"),
+        ("sh", "sh", '# prints {wrong}\nword={word}\necho "$word-$(({a} * {b}))"\n'),
         ("sh", "sh", "a={a}\nb={b}\necho $((a * b))\n"),
-        ("py", "python3", "items = [\"{word}\"] * {a}\nprint(\"total:\", len(items) * {b})\n"),
+        ("py", "python3", 'items = ["{word}"] * {a}\nprint("total:", len(items) * {b})\n'),
     ],
-    dev=[("sh", "bash", "words=({word} {word})\necho \"${{words[0]}} $(({a} * {b}))\"\n")],
-    eval=[("awk", "awk -f", "BEGIN {{ print \"{word}\", {a} * {b} }}\n")],
+    dev=[("sh", "bash", 'words=({word} {word})\necho "${{words[0]}} $(({a} * {b}))"\n')],
+    eval=[("awk", "awk -f", 'BEGIN {{ print "{word}", {a} * {b} }}\n')],
 )
 
 
@@ -70,4 +74,6 @@ class RunScript(Task):
         return (yield ToolCall("Bash", {"command": instance.expect["command"]}))
 
     def reward(self, instance: Instance, final: Final) -> Score:
-        return score(final, Check("output", float(says(final.answer, instance.expect["output"])), final.answer[:80]))
+        return score(
+            final, Check("output", float(says(final.answer, instance.expect["output"])), final.answer[:80])
+        )

@@ -20,8 +20,15 @@ WORDINGS = Kinds(
         "Use `{program} {path}` with {how} and tell me its output only.",
         "Please run `{program} {path}` with {how}; I only need its output.",
     ],
-    dev=["Launch `{program} {path}` with {how}; the answer is its output.", "Output of `{program} {path}` with {how}? Only that."],
-    eval=["Try `{program} {path}` with {how} and quote the output, nothing more.", "Pass {how} to `{program} {path}`; what comes out? Bare output.", "Hand me the line that `{program} {path}` writes with {how}."],
+    dev=[
+        "Launch `{program} {path}` with {how}; the answer is its output.",
+        "Output of `{program} {path}` with {how}? Only that.",
+    ],
+    eval=[
+        "Try `{program} {path}` with {how} and quote the output, nothing more.",
+        "Pass {how} to `{program} {path}`; what comes out? Bare output.",
+        "Hand me the line that `{program} {path}` writes with {how}.",
+    ],
 )
 
 FORMS = Kinds(
@@ -33,8 +40,14 @@ FORMS = Kinds(
         ("the options size {c} and name {b}", "--size {c} --name {b}", True),
         ("the size option at {c} and the name option at {b}", "--size {c} --name {b}", True),
     ],
-    dev=[("first {b}, then {c}, as arguments", "{b} {c}", False), ("size {c} and name {b} as options", "--size {c} --name {b}", True)],
-    eval=[("two arguments, {b} followed by {c}", "{b} {c}", False), ("a size of {c} and a name of {b} (both are options)", "--size {c} --name {b}", True)],
+    dev=[
+        ("first {b}, then {c}, as arguments", "{b} {c}", False),
+        ("size {c} and name {b} as options", "--size {c} --name {b}", True),
+    ],
+    eval=[
+        ("two arguments, {b} followed by {c}", "{b} {c}", False),
+        ("a size of {c} and a name of {b} (both are options)", "--size {c} --name {b}", True),
+    ],
 )
 
 POSITIONAL = """\
@@ -76,11 +89,16 @@ class RunWithArguments(Task):
         return Problem(
             prompt=phrase(draw, WORDINGS, program=program, path=path, how=how.format(b=name, c=size)),
             files={path: text.format(word=word, factor=factor), f"{note}.md": sentence(draw) + "\n"},
-            expect={"output": f"{name}-{size * factor}", "command": f"{program} {path} {arguments.format(b=name, c=size)}"},
+            expect={
+                "output": f"{name}-{size * factor}",
+                "command": f"{program} {path} {arguments.format(b=name, c=size)}",
+            },
         )
 
     def solve(self, instance: Instance) -> Solution:
         return (yield ToolCall("Bash", {"command": instance.expect["command"]}))
 
     def reward(self, instance: Instance, final: Final) -> Score:
-        return score(final, Check("output", float(says(final.answer, instance.expect["output"])), final.answer[:80]))
+        return score(
+            final, Check("output", float(says(final.answer, instance.expect["output"])), final.answer[:80])
+        )

@@ -9,9 +9,9 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pytest_pocket.backends.scripted import NoopBackend, OracleBackend
 
 from pytest_pocket import sandbox, task_list
-from pytest_pocket.backends.scripted import NoopBackend, OracleBackend
 from pytest_pocket.chat import ChatReply, ChatRequest, ToolCall
 from pytest_pocket.episode import Budget, Episode, Workshop, play
 from pytest_pocket.functions import FAMILIES
@@ -65,7 +65,9 @@ class OracleThen(OracleBackend):
         if self.endless or not made:
             command = self.extra.arguments["command"]
             return ChatReply("", calls=(bash(f"true; {command} # {made}"),), completion_tokens=1)
-        return super().reply(ChatRequest(request.messages[: -2 * made], request.tools, request.sampling, request.episode))
+        return super().reply(
+            ChatRequest(request.messages[: -2 * made], request.tools, request.sampling, request.episode)
+        )
 
 
 def steps_of(task: Task, instance: Instance, request: ChatRequest) -> list[ToolCall]:
@@ -88,7 +90,9 @@ def write(path: str, content: str) -> ToolCall:
     return ToolCall("Write", {"file_path": path, "content": content})
 
 
-def attempts(name: str, workshop: Workshop, make: Callable[[Instance], NoopBackend], seeds: int = CHEATED_SEEDS) -> list[Episode]:
+def attempts(
+    name: str, workshop: Workshop, make: Callable[[Instance], NoopBackend], seeds: int = CHEATED_SEEDS
+) -> list[Episode]:
     task = TASKS[name]
     instances = [task.build(instance_seed("eval", index)) for index in range(seeds)]
     with ThreadPoolExecutor(4) as threads:
@@ -118,7 +122,9 @@ def test_the_oracle_passes_on_train_and_dev_too(name: str, workshop: Workshop) -
 @pytest.mark.parametrize("name", TASKS)
 @pytest.mark.parametrize("answer", ["", "done", "ok", "absent", "not found", "0", "1"])
 def test_the_untouched_initial_state_earns_nothing(name: str, answer: str, workshop: Workshop) -> None:
-    assert [e.reward for e in attempts(name, workshop, lambda _: Script(answer=answer))] == [0.0] * CHEATED_SEEDS
+    assert [e.reward for e in attempts(name, workshop, lambda _: Script(answer=answer))] == [
+        0.0
+    ] * CHEATED_SEEDS
 
 
 @pytest.mark.parametrize("name", TASKS)
@@ -202,19 +208,25 @@ def test_forged_code_never_passes(name: str, forgery: str, workshop: Workshop) -
 @pytest.mark.parametrize("name", CODE)
 def test_hard_coding_the_shown_cases_never_passes(name: str, workshop: Workshop) -> None:
     def hard_code(each: Instance) -> Script:
-        return Script(write(code_file(each), f"def {each.expect['name']}(*args):\n{shown_cases(each)}    return None\n"))
+        return Script(
+            write(code_file(each), f"def {each.expect['name']}(*args):\n{shown_cases(each)}    return None\n")
+        )
 
     assert not [e for e in attempts(name, workshop, hard_code) if e.outcome == "passed"]
 
 
 @pytest.mark.parametrize("name", ["fix_failing_test", "implement_function"])
-@pytest.mark.parametrize("command", ["rm test_*.py", "for t in test_*.py; do echo 'print(\"ok\")' > $t; done"])
+@pytest.mark.parametrize(
+    "command", ["rm test_*.py", "for t in test_*.py; do echo 'print(\"ok\")' > $t; done"]
+)
 def test_changing_the_tests_earns_nothing(name: str, command: str, workshop: Workshop) -> None:
     assert {e.reward for e in attempts(name, workshop, lambda _: Script(bash(command)))} == {0.0}
 
 
 @pytest.mark.parametrize("name", CODE)
-@pytest.mark.parametrize("planted", ["conftest.py", "sitecustomize.py", "usercustomize.py", "json.py", "harness.py"])
+@pytest.mark.parametrize(
+    "planted", ["conftest.py", "sitecustomize.py", "usercustomize.py", "json.py", "harness.py"]
+)
 def test_planting_modules_earns_nothing(name: str, planted: str, workshop: Workshop) -> None:
     plant = write(planted, "import os\nprint('[true]')\nos._exit(0)\n")
     assert {e.reward for e in attempts(name, workshop, lambda _: Script(plant))} == {0.0}
@@ -223,7 +235,11 @@ def test_planting_modules_earns_nothing(name: str, planted: str, workshop: Works
 def test_replacing_a_file_by_a_link_earns_nothing(workshop: Workshop) -> None:
     def link(each: Instance) -> Script:
         path = each.expect["path"]
-        return Script(bash(f"mkdir -p $(dirname {path}); printf %s '{each.expect['content']}' > /tmp/x; ln -s /tmp/x {path}"))
+        return Script(
+            bash(
+                f"mkdir -p $(dirname {path}); printf %s '{each.expect['content']}' > /tmp/x; ln -s /tmp/x {path}"
+            )
+        )
 
     assert {e.reward for e in attempts("create_file", workshop, link)} == {0.0}
 
@@ -232,7 +248,9 @@ def test_replacing_a_file_by_a_link_earns_nothing(workshop: Workshop) -> None:
 def test_prompts_vary_and_files_distract(name: str) -> None:
     instances = [TASKS[name].build(instance_seed("train", index)) for index in range(400)]
     assert len({each.prompt for each in instances}) > 380
-    assert all(len(each.files) >= (1 if name in ("answer_directly", "recover_missing") else 2) for each in instances)
+    assert all(
+        len(each.files) >= (1 if name in ("answer_directly", "recover_missing") else 2) for each in instances
+    )
 
 
 def test_the_code_tasks_draw_from_at_least_thirty_families() -> None:
@@ -241,7 +259,10 @@ def test_the_code_tasks_draw_from_at_least_thirty_families() -> None:
 
 @pytest.mark.parametrize("name", TASKS)
 def test_training_never_shows_what_is_held_out(name: str) -> None:
-    unseen = {split: [bool(TASKS[name].build(instance_seed(split, i)).unseen) for i in range(300)] for split in SPLITS}
+    unseen = {
+        split: [bool(TASKS[name].build(instance_seed(split, i)).unseen) for i in range(300)]
+        for split in SPLITS
+    }
     assert not any(unseen["train"])
     for split in ("dev", "eval"):
         assert 0.1 < sum(unseen[split]) / 300 < 0.4
@@ -263,4 +284,3 @@ def test_seeds_of_splits_never_meet() -> None:
     for index in (-1, 10**9):
         with pytest.raises(ValueError, match="instance index"):
             instance_seed("train", index)
-

@@ -22,12 +22,13 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from pytest_pocket import sandbox, task_list
 from pytest_pocket.backends.scripted import OracleBackend
+from pytest_pocket.training import recipe as recipes
+
+from pytest_pocket import sandbox, task_list
 from pytest_pocket.chat import ChatReply, ChatRequest, Message, ToolCall
 from pytest_pocket.episode import Episode, Workshop, play
 from pytest_pocket.task import Instance, instance_seed, split_of
-from pytest_pocket.training import recipe as recipes
 from pytest_pocket.words import NOUNS
 
 GUARDED = 1000
@@ -77,7 +78,11 @@ class Teacher(OracleBackend):
             request = replace(request, messages=request.messages[:first] + request.messages[first + 1 :])
         reply = super().reply(request)
         if reply.calls:
-            thinking = f"I use {reply.calls[0].name}." if len(results) <= bool(mistake) else f"Now {reply.calls[0].name}."
+            thinking = (
+                f"I use {reply.calls[0].name}."
+                if len(results) <= bool(mistake)
+                else f"Now {reply.calls[0].name}."
+            )
         else:
             thinking = "I have what I need." if results else "I know this."
         return replace(reply, thinking=thinking)
@@ -133,7 +138,9 @@ def _play(job: tuple[str, int, int, recipes.Data]) -> tuple[list[Trace], Counter
     return kept, counts
 
 
-def generate(data: recipes.Data, names: Sequence[str], processes: int, seeds: int = 250) -> Iterator[tuple[list[Trace], Counter[str]]]:
+def generate(
+    data: recipes.Data, names: Sequence[str], processes: int, seeds: int = 250
+) -> Iterator[tuple[list[Trace], Counter[str]]]:
     """Batches of traces over all tasks, with what became of their episodes."""
     base = data.seed * 1_000_000
     jobs = [
@@ -164,7 +171,11 @@ def write(path: Path, batches: Iterator[tuple[list[Trace], Counter[str]]]) -> Co
             file.flush()
             print(f"{path.name}: {counts['passed']} traces", file=sys.stderr)
     os.replace(partial, path)
-    card = {"traces": len(seen), "episodes": dict(counts), "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+    card = {
+        "traces": len(seen),
+        "episodes": dict(counts),
+        "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+    }
     path.with_suffix(".card.json").write_text(json.dumps(card, indent=2) + "\n")
     return counts
 
@@ -178,8 +189,12 @@ def read(path: Path, limit: int | None = None) -> list[Trace]:
         for line in islice(file, limit):
             fields = json.loads(line)
             if split_of(fields["seed"]) != "train":
-                raise DataError(f"{path} holds the {split_of(fields['seed'])} seed {fields['seed']}: training refuses it")
-            traces.append(Trace(fields["task"], fields["seed"], tuple(fields["messages"]), tuple(fields["weights"])))
+                raise DataError(
+                    f"{path} holds the {split_of(fields['seed'])} seed {fields['seed']}: training refuses it"
+                )
+            traces.append(
+                Trace(fields["task"], fields["seed"], tuple(fields["messages"]), tuple(fields["weights"]))
+            )
     return traces
 
 

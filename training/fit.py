@@ -17,10 +17,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pytest_pocket.conditions import SYSTEM_PROMPTS
-from pytest_pocket.tools import SCHEMAS
 from pytest_pocket.training.data import Trace
 from pytest_pocket.training.recipe import Fit
+
+from pytest_pocket.conditions import SYSTEM_PROMPTS
+from pytest_pocket.tools import SCHEMAS
 
 IGNORED = -100
 WARMUP = 0.02
@@ -50,8 +51,9 @@ def render(tokenizer: Any, trace: Trace, prompt: str, think: bool, *, everything
     """
     system = SYSTEM_PROMPTS[prompt]
     turns: list[dict[str, Any]] = [{"role": "system", "content": system}] if system else []
-    for message in trace.messages:
-        turns.append({k: v for k, v in message.items() if think or k != "reasoning_content"})
+    turns += [
+        {k: v for k, v in message.items() if think or k != "reasoning_content"} for message in trace.messages
+    ]
     encoded = tokenizer.apply_chat_template(
         turns, tools=list(SCHEMAS), enable_thinking=think, return_dict=True, return_assistant_tokens_mask=True
     )
@@ -59,7 +61,9 @@ def render(tokenizer: Any, trace: Trace, prompt: str, think: bool, *, everything
     if everything:
         return Rendered(ids, [1] * len(ids))
     if sum(mask) == 0:
-        raise TrainingError("the chat template marks no assistant tokens: it needs {% generation %} around them")
+        raise TrainingError(
+            "the chat template marks no assistant tokens: it needs {% generation %} around them"
+        )
     return Rendered(ids, _weigh(mask, trace.weights))
 
 
@@ -106,7 +110,11 @@ def batches(examples: Iterator[Rendered], tokens: int, window: int = 64) -> Iter
 def _optimizers(model: Any, fit: Fit) -> list[Any]:
     import torch
 
-    matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name and "lm_head" not in name]
+    matrices = [
+        p
+        for name, p in model.named_parameters()
+        if p.ndim == 2 and "embed" not in name and "lm_head" not in name
+    ]
     chosen = {id(p) for p in matrices}
     rest = [p for p in model.parameters() if id(p) not in chosen]
     return [
@@ -202,7 +210,9 @@ def fit_model(
         ids, mask, labels = (tensor.to(device) for tensor in _tensors(next(source)))
         loss = next_token_loss(model, ids, mask, labels)
         if not math.isfinite(loss.item()):
-            raise TrainingError(f"the loss is {loss.item()} at step {steps}: lower the learning rates; last state: {state}")
+            raise TrainingError(
+                f"the loss is {loss.item()} at step {steps}: lower the learning rates; last state: {state}"
+            )
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         factor = schedule(seen / fit.tokens)
@@ -215,14 +225,22 @@ def fit_model(
         recent.append(loss.item())
         due = evaluations and seen * evaluations // fit.tokens > before * evaluations // fit.tokens
         if steps % 100 == 0 or seen >= fit.tokens or due:
-            point = {"tokens": seen, "loss": sum(recent) / len(recent), "minutes": (spent + time.monotonic() - started) / 60}
+            point = {
+                "tokens": seen,
+                "loss": sum(recent) / len(recent),
+                "minutes": (spent + time.monotonic() - started) / 60,
+            }
             recent.clear()
             if due and evaluate:
                 model.eval()
                 point |= evaluate()
                 model.train()
             curve.append(point)
-            print(json.dumps({key: round(value, 4) for key, value in point.items()}), file=sys.stderr, flush=True)
+            print(
+                json.dumps({key: round(value, 4) for key, value in point.items()}),
+                file=sys.stderr,
+                flush=True,
+            )
         if time.monotonic() - last_save > SAVE_SECONDS:
             save()
             last_save = time.monotonic()

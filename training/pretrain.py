@@ -67,7 +67,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
 
 
-def facts(chosen: recipe.Recipe, name: str, traces: Path, stage: recipe.Fit, curve: Sequence[dict[str, float]]) -> dict[str, object]:
+def facts(
+    chosen: recipe.Recipe, name: str, traces: Path, stage: recipe.Fit, curve: Sequence[dict[str, float]]
+) -> dict[str, object]:
     """What a manifest says of a run: recipe, data, seed, tokens, minutes."""
     return {
         "recipe": chosen.name,

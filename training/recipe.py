@@ -83,7 +83,9 @@ def load(name: str) -> Recipe:
         raise RecipeError(f"recipe {path}: {error}") from None
     for fit in (recipe.pretrain, recipe.sft):
         if wrong := fit.prompts.keys() - SYSTEM_PROMPTS.keys():
-            raise RecipeError(f"recipe {path}: unknown prompt {min(wrong)!r}: choose from {', '.join(SYSTEM_PROMPTS)}")
+            raise RecipeError(
+                f"recipe {path}: unknown prompt {min(wrong)!r}: choose from {', '.join(SYSTEM_PROMPTS)}"
+            )
     return recipe
 
 

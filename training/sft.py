@@ -10,17 +10,20 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from pytest_pocket.registry import Registry
 from pytest_pocket.training import checkpoint, data, fit, recipe
 from pytest_pocket.training.evaluate import on_dev
 from pytest_pocket.training.pretrain import facts
+
+from pytest_pocket.registry import Registry
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Fine-tune a model on traces."""
     parser = argparse.ArgumentParser(prog="pocket train sft", description=__doc__)
     parser.add_argument("--recipe", default="tiny")
-    parser.add_argument("--from", dest="parent", default="base", help="a registered model or a checkpoint directory")
+    parser.add_argument(
+        "--from", dest="parent", default="base", help="a registered model or a checkpoint directory"
+    )
     parser.add_argument("--traces", type=Path, default=Path(".pocket/data/traces.jsonl"))
     parser.add_argument("--name", required=True)
     parser.add_argument("--out", type=Path, default=Path(".pocket/checkpoints"))

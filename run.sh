@@ -1,0 +1,43 @@
+#!/bin/sh
+# Sets everything up, then runs:
+#   sh run.sh          the embedded model through the 19 tasks (more arguments go to pytest)
+#   sh run.sh tests    the project's own tests (more arguments go to pytest)
+# The environment is .venv (VENV overrides it), pinned by constraints.txt.  PYTHON names the interpreter.
+set -eu
+cd "$(dirname "$0")"
+export HF_HUB_OFFLINE=1
+VENV=${VENV:-.venv}
+PYTHON=${PYTHON:-python3}
+
+stop() { echo "run.sh: $1" >&2; exit 1; }
+
+command -v "$PYTHON" >/dev/null || stop "$PYTHON is missing: sudo apt install python3 python3-venv"
+"$PYTHON" -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
+    stop "$("$PYTHON" --version) is too old: pytest-pocket needs 3.11 or newer; set PYTHON=python3.11"
+"$PYTHON" -c 'import ensurepip, venv' 2>/dev/null || stop "the venv module is missing: sudo apt install python3-venv"
+if [ "$(uname)" = Linux ]; then
+    missing=
+    command -v bwrap >/dev/null || missing="$missing bubblewrap"
+    # The sandbox shows the system's own programs to the model, so these must be the system's.
+    for program in git python3; do
+        [ -x "/usr/bin/$program" ] || [ -x "/usr/local/bin/$program" ] || missing="$missing $program"
+    done
+    [ -z "$missing" ] || stop "missing system packages: sudo apt install$missing"
+fi
+
+wanted=$(cat pyproject.toml constraints.txt | cksum)
+if [ "$(cat "$VENV/.ready" 2>/dev/null)" != "$wanted" ]; then
+    echo "run.sh: setting up $VENV (a few minutes the first time)" >&2
+    [ -x "$VENV/bin/python" ] || "$PYTHON" -m venv "$VENV"
+    # torch first and pinned: unpinned, other packages may pull another build of it.
+    "$VENV/bin/python" -m pip install --quiet --upgrade "pip>=25.1" -c constraints.txt
+    "$VENV/bin/python" -m pip install --quiet torch -c constraints.txt
+    "$VENV/bin/python" -m pip install --quiet -e '.[hf,train,xdist]' --group test --group lint -c constraints.txt
+    echo "$wanted" >"$VENV/.ready"
+fi
+
+if [ "${1:-}" = tests ]; then
+    shift
+    exec "$VENV/bin/python" -m pytest tests -n 2 "$@"
+fi
+exec "$VENV/bin/python" -m pytest --pocket-model=sft-run6 --runs=3 "$@"
