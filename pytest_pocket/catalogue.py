@@ -1,4 +1,4 @@
-"""The catalogue: the models, tasks and conditions there are, for ``pytest --pocket-list`` and ``pocket list``."""
+"""The catalogue: the models, tasks and conditions there are, as ``--pocket-list`` shows them."""
 
 from __future__ import annotations
 

@@ -60,10 +60,10 @@ def read(get: Callable[[str], str]) -> Options:
         records=Path(directory) if (directory := get("records")) else None,
         fail_under=_number("fail-under", value, 0.0, 1.0) if (value := get("fail_under")) else None,
     )
-    if options.samples > 1 and (greedy := [c for c in options.conditions if c.temperature == 0]):
+    if options.samples > 1 and any(condition.temperature == 0 for condition in options.conditions):
         raise OptionError(
-            f"--pocket-samples {options.samples} with temperature 0 ({greedy[0].slug}) would repeat one attempt: "
-            "set --pocket-temperature above 0"
+            f"--pocket-samples {options.samples} at temperature 0 would repeat one attempt "
+            f"{options.samples} times: set --pocket-temperature above 0"
         )
     return options
 

@@ -1,7 +1,7 @@
 """The pytest plugin: hooks and little else; what they do stands in the modules that they import.
 
-With hookspecs it is the only module that imports pytest.  Nothing else of ours is imported before it is needed:
-in a project that merely has the plugin installed, it costs a comparison of paths for each collected file.
+With hookspecs it is the only module that imports pytest.  Nothing else of ours is imported before it is
+needed: in a project that merely has the plugin installed, it compares a path for each collected file.
 """
 
 from __future__ import annotations
@@ -45,6 +45,8 @@ OPTIONS = {
 }
 GROUPS = ("read", "run", "write", "react", "stop")
 
+NO_MODEL = "no model: give --pocket-model=NAME, one or more of"
+MODELS = pytest.StashKey[str]()
 SESSION = pytest.StashKey["Session"]()
 HOOKED = pytest.StashKey["tuple[int, dict[Path, list[Task]]]"]()
 
@@ -125,6 +127,17 @@ def pytest_unconfigure(config: pytest.Config) -> None:
     """Free the engines."""
     if session := config.stash.get(SESSION, None):
         session.close()
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Without a model: one line that names those there are."""
+    # Under xdist the tests were skipped elsewhere: their reports say why.
+    for report in terminalreporter.stats.get("skipped", ()):
+        if isinstance(report.longrepr, tuple) and NO_MODEL in report.longrepr[2]:
+            terminalreporter.write_line(
+                f"pocket: tasks skipped, {report.longrepr[2].removeprefix('Skipped: ')}"
+            )
+            return
 
 
 # Collection
@@ -216,7 +229,7 @@ class Playing:
 
         self.config = config
         self.session = session
-        self.tally = Tally()
+        self.tally = Tally(tuple(session.models), tuple(each.prompt for each in session.options.conditions))
         self.verdict = ""
         self.worker = hasattr(config, "workerinput")
 
@@ -236,10 +249,10 @@ class Playing:
 
     def pytest_report_collectionfinish(self, items: list[pytest.Item]) -> str | None:
         """How much there is to play."""
-        episodes = sum(cell.condition.best_of for cell in _cells(items))
-        return (
-            f"pocket: {episodes} episodes, {self.session.options.in_flight} in flight" if episodes else None
-        )
+        if not (cells := _cells(items)):
+            return None
+        episodes = sum(cell.condition.best_of for cell in cells)
+        return f"pocket: {episodes} episodes, {self.session.options.in_flight} in flight"
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_sessionstart(self) -> None:
@@ -272,7 +285,8 @@ class Playing:
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         """Add a report up, whichever process it comes from."""
-        self.tally.add(report.nodeid, dict(report.user_properties), report.failed, report.when or "")
+        row = {name: value for name, value in report.user_properties if isinstance(value, str | int | float)}
+        self.tally.add(report.nodeid, row, report.failed, report.when or "")
 
     def pytest_keyboard_interrupt(self) -> None:
         """End what is in flight, in workers too."""
@@ -306,6 +320,7 @@ class Playing:
         if failure := self.session.failure:
             session.exitstatus = pytest.ExitCode.USAGE_ERROR
             self.verdict = str(failure)
+            self.session.discard_empty_records()
         elif (least := self.session.options.fail_under) is not None and self.tally.rows:
             decided = session.exitstatus in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED)
             if decided and not (session.shouldstop or session.shouldfail):
@@ -331,10 +346,13 @@ def _pocket_attempt(request: pytest.FixtureRequest, pocket_cell: Cell | None) ->
     if pocket_cell is None:
         pytest.skip(_no_model(request.config))
     session = request.config.stash[SESSION]
+    reason = ""
     try:
         attempt = session.result(pocket_cell)
     except (ModelError, RecordsError, Cancelled) as error:
-        request.session.shouldstop = reason = str(error) or "pocket: cancelled, the session ends"
+        reason = str(error) or "cancelled: the session ends"
+    if reason:
+        request.session.shouldstop = reason
         pytest.fail(reason, pytrace=False)
     properties = attempt.properties(session.models[pocket_cell.model].backend)
     kept = [pair for pair in request.node.user_properties if pair[0] not in properties]
@@ -381,8 +399,11 @@ def _registry(config: pytest.Config) -> Registry:
 
 
 def _no_model(config: pytest.Config) -> str:
-    with _usage_errors():
-        return f"no model: give --pocket-model, one or more of {', '.join(_registry(config).models)}"
+    """Why a task is skipped: the same line for all."""
+    if MODELS not in config.stash:
+        with _usage_errors():
+            config.stash[MODELS] = ", ".join(_registry(config).models)
+    return f"{NO_MODEL} {config.stash[MODELS]}"
 
 
 def _cells(items: Iterable[pytest.Item]) -> list[Cell]:

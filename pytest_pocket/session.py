@@ -6,6 +6,7 @@ serves its engines.  Everything expensive is made when it is first needed.
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
@@ -71,15 +72,16 @@ class Session:
         """
         self._workshop = Workshop(sandbox.select(self.options.sandbox))
         self._prepare(cells)
-        options = {
-            key: str(value) if isinstance(value, Path) else value
-            for key, value in asdict(self.options).items()
-        }
+        asked = asdict(self.options)
         info = records.describe(
             command=self._command,
             models=self.models.values(),
             seed=self.options.seed,
-            options={**options, "sandbox": self._workshop.provider.name},
+            options={
+                **asked,
+                "records": str(asked["records"] or ""),
+                "sandbox": self._workshop.provider.name,
+            },
             directory=self._directory,
         )
         self._run = records.start(self.options.records, info)
@@ -103,11 +105,9 @@ class Session:
 
     def play(self, cell: Cell) -> Attempt:
         """Play a cell and record it.  Raises Cancelled (nothing is recorded), ModelError, RecordsError."""
-        assert self._workshop and self._run, "the session has not been opened"
+        workshop, run = self._opened()
         options = self.options
-        done = attempt(
-            cell, self.engine(cell.model), self._workshop, options.budget, options.seed, options.split
-        )
+        done = attempt(cell, self.engine(cell.model), workshop, options.budget, options.seed, options.split)
         rerun = self._played.get(cell, 0)
         self._played[cell] = rerun + 1
         for candidate, episode in enumerate(done.episodes):
@@ -120,18 +120,18 @@ class Session:
                 chosen=candidate == done.chosen,
                 candidate=candidate,
             )
-            self._run.append({**line, "rerun": rerun})
+            run.append({**line, "rerun": rerun})
         return done
 
     def serve(self) -> dict[str, str | bytes]:
         """Become the controller of xdist workers: what each must be told, made of plain values."""
-        assert self._workshop and self._run, "the session has not been opened"
+        workshop, run = self._opened()
         self._server = self._server or Server(self._chat)
         return {
             "address": self._server.address,
             "authkey": self._server.authkey,
-            "records": str(self._run.directory),
-            "sandbox": self._workshop.provider.name,
+            "records": str(run.directory),
+            "sandbox": workshop.provider.name,
         }
 
     def join(self, told: Mapping[str, Any]) -> None:
@@ -158,11 +158,25 @@ class Session:
         if self._pool:
             self._pool.cancel()
 
+    def discard_empty_records(self) -> None:
+        """Take back the records of a session whose engine could not be loaded before anything was played."""
+        if self._run and not (self._run.directory / records.EPISODES).stat().st_size:
+            for name in (records.EPISODES, records.RUN):
+                (self._run.directory / name).unlink()
+            with contextlib.suppress(OSError):
+                self._run.directory.rmdir()
+            self._run = None
+
     def close(self) -> None:
         """Cancel what is left, and free the engines."""
         self.cancel()
         while self._engines:
             self._engines.popitem()[1].close()
+
+    def _opened(self) -> tuple[Workshop, records.Run]:
+        if self._workshop is None or self._run is None:
+            raise RuntimeError("the session has not been opened")
+        return self._workshop, self._run
 
     def _prepare(self, cells: Iterable[Cell]) -> None:
         wanted: dict[str, bool] = {}

@@ -1,9 +1,9 @@
 """Sharing: one copy of the weights, however many xdist workers there are.
 
-The controller serves its engines over a Unix socket in a folder that only this user can enter; each worker's
-:class:`RemoteBackend` asks it.  A thread of the controller serves each connection, so that requests of several
-workers meet in the engine and are batched there.  An engine is loaded at the first request for it, once.
-The messages are pickles, and read only from peers that know the session's key.
+The controller serves its engines over a Unix socket in a folder that only this user can enter; each
+worker's :class:`RemoteBackend` asks it.  A thread of the controller serves each connection, so that requests
+of several workers meet in the engine and are batched there.  An engine is loaded at the first request for it,
+once.  The messages are pickles, and read only from peers that know the session's key.
 """
 
 from __future__ import annotations
@@ -117,7 +117,7 @@ class RemoteBackend:
         self._cancelled = False
 
     def chat(self, request: ChatRequest) -> ChatReply:
-        """Answer one request.  Raises ModelError when the engine cannot be loaded, Cancelled when the controller ends."""
+        """Answer one request.  Raises ModelError when the engine cannot load, Cancelled when its owner ends."""
         try:
             connection = self._connection()
             connection.send((self._model, request))
@@ -157,11 +157,8 @@ def watch(address: str, authkey: bytes, ended: Callable[[], None]) -> None:
     """Call ``ended`` from another thread when the controller closes or dies: nothing may outlive the session."""
 
     def wait() -> None:
-        with (
-            contextlib.suppress(OSError, EOFError, AuthenticationError),
-            Client(address, "AF_UNIX", authkey=authkey) as line,
-        ):
-            line.recv()
+        with contextlib.suppress(OSError, EOFError, AuthenticationError):
+            Client(address, "AF_UNIX", authkey=authkey).recv()
         ended()
 
     threading.Thread(target=wait, name="pocket-watch", daemon=True).start()

@@ -18,13 +18,15 @@ Row = Mapping[str, str | int | float]
 class Tally:
     """The last row of each test, and whether anything failed that no mean reward can outweigh."""
 
+    models: tuple[str, ...]
+    prompts: tuple[str, ...]
     _rows: dict[str, Row] = field(default_factory=dict)
     hard_failure: bool = False
 
     @property
     def rows(self) -> list[Row]:
-        """One row a test, in the order of the tests' first reports."""
-        return list(self._rows.values())
+        """One row a test: models and prompts in the order they were asked for, whatever ran first."""
+        return sorted(self._rows.values(), key=self._place)
 
     def add(self, test: str, row: Row, failed: bool, phase: str) -> None:
         """Take in one report.  A rerun's row replaces the one before."""
@@ -48,3 +50,7 @@ class Tally:
         if enough and self.hard_failure:
             line += ", but the session fails: there are errors, or failures of other tests"
         return enough and not self.hard_failure, line
+
+    def _place(self, row: Row) -> tuple[int, int, str, str]:
+        model, prompt = self.models.index(str(row["model"])), self.prompts.index(str(row["prompt"]))
+        return model, prompt, str(row["group"]), str(row["task"])

@@ -24,7 +24,8 @@ def compact(attempt: Attempt) -> str:
     """
     episode = attempt.episode
     lines = [_headline(episode), f"  {_about(attempt)}"]
-    lines += [f"  check {safe(line)}" for line in check_lines(episode.score.checks if episode.score else ())]
+    if len(failed := _failed(episode)) > 1:
+        lines += [f"  check {safe(line)}" for line in failed]
     shown = [message for message in episode.messages if message.role != "system"]
     blocks = [list(_message(message)) for message in shown]
     if len(blocks) > TURNS:
@@ -45,9 +46,13 @@ def _safe(char: str) -> str:
 
 
 def _headline(episode: Episode) -> str:
-    failed = check_lines(episode.score.checks) if episode.score else [episode.detail]
-    reason = safe("; ".join(failed))[:WIDTH]
+    reason = safe("; ".join(_failed(episode)))[:WIDTH]
     return f"{episode.outcome}: {reason}" if reason else episode.outcome
+
+
+def _failed(episode: Episode) -> list[str]:
+    """The checks that do not hold; for an invalid episode, what went wrong."""
+    return check_lines(episode.score.checks) if episode.score else [episode.detail]
 
 
 def _about(attempt: Attempt) -> str:

@@ -151,10 +151,9 @@ def next_token_loss(model: Any, ids: Any, mask: Any, labels: Any) -> Any:
     """
     import torch
 
-    with torch.autocast(ids.device.type, torch.bfloat16):
-        hidden = model.get_decoder()(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
-        wanted = labels[:, 1:] != IGNORED
-        logits = model.get_output_embeddings()(hidden[:, :-1][wanted])
+    hidden = model.get_decoder()(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+    wanted = labels[:, 1:] != IGNORED
+    logits = model.get_output_embeddings()(hidden[:, :-1][wanted])
     return torch.nn.functional.cross_entropy(logits.float(), labels[:, 1:][wanted])
 
 

@@ -1,0 +1,262 @@
+"""The training pipeline: what is learned from, what is refused, what survives."""
+
+from __future__ import annotations
+
+import json
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pytest_pocket.training import checkpoint, data, fit, recipe, tokenizer
+from pytest_pocket.training.recipe import Fit, RecipeError
+
+from pytest_pocket import sandbox, task_list
+from pytest_pocket.conditions import SYSTEM_PROMPTS
+from pytest_pocket.episode import Workshop, play
+from pytest_pocket.registry import MANIFEST, ModelError, read_manifest
+from pytest_pocket.task import instance_seed
+
+SMALL = Fit({"raw": 0.5, "full": 0.5}, 0.3, 0.2, 30_000, 1024, 0.02, 3e-3, 1)
+NAMES = ["read_value", "create_file", "answer_directly", "recover_missing"]
+
+
+@pytest.fixture(scope="module")
+def traces() -> list[data.Trace]:
+    """Traces of a few tasks, half of them with a mistake at the start."""
+    workshop, teacher = Workshop(sandbox.select("auto")), data.Teacher(0.5, 0)
+    tasks = [task_list.find(name) for name in NAMES]
+    episodes = [
+        play(task, task.build(instance_seed("train", i)), teacher, workshop)
+        for task in tasks
+        for i in range(6)
+    ]
+    assert {episode.outcome for episode in episodes} == {"passed"}
+    return [data.trace(episode, teacher) for episode in episodes]
+
+
+@pytest.fixture(scope="module")
+def words(traces: list[data.Trace]) -> Any:
+    return tokenizer.build(traces, 600)
+
+
+def tiny(words: Any) -> Any:
+    import torch
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    torch.manual_seed(0)
+    return Qwen3ForCausalLM(
+        Qwen3Config(
+            vocab_size=len(words),
+            hidden_size=32,
+            num_hidden_layers=1,
+            num_attention_heads=1,
+            num_key_value_heads=1,
+            head_dim=32,
+            intermediate_size=64,
+            tie_word_embeddings=True,
+            max_position_embeddings=2048,
+        )  # fmt: skip
+    )
+
+
+def said(message: dict[str, Any], think: bool) -> str:
+    """What the assistant must produce, by the template's rules, written here a second time."""
+    text = f"{message.get('reasoning_content', '')}</think>" if think else ""
+    text += message["content"]
+    for call in message.get("tool_calls", ()):
+        arguments = call["function"]["arguments"].items()
+        inner = "".join(f"<parameter={key}>\n{value}\n</parameter>" for key, value in arguments)
+        text += f"<tool_call><function={call['function']['name']}>{inner}</function></tool_call>"
+    return text + "<|im_end|>"
+
+
+@pytest.mark.parametrize("think", [False, True])
+@pytest.mark.parametrize("prompt", SYSTEM_PROMPTS)
+def test_sft_learns_exactly_the_assistants_tokens(
+    prompt: str, think: bool, traces: list[data.Trace], words: Any
+) -> None:
+    for trace in traces:
+        rendered = fit.render(words, trace, prompt, think, everything=False)
+        learned = words.decode(
+            [i for i, target in zip(rendered.ids, rendered.targets, strict=True) if target]
+        )
+        turns = [message for message in trace.messages if message["role"] == "assistant"]
+        wanted = [said(turn, think) for turn, weight in zip(turns, trace.weights, strict=True) if weight]
+        assert learned == "".join(wanted)
+
+
+def test_mistakes_are_context_and_not_learned(traces: list[data.Trace]) -> None:
+    stumbled = [trace for trace in traces if 0.0 in trace.weights]
+    assert stumbled
+    assert all(trace.weights[0] == 0.0 and set(trace.weights[1:]) == {1.0} for trace in stumbled)
+    assert all(
+        "Error" in str(trace.messages[2]) or "No such file" in str(trace.messages[2]) for trace in stumbled
+    )
+
+
+def test_training_sees_the_token_ids_that_the_backend_sends(
+    traces: list[data.Trace], words: Any, tmp_path: Path
+) -> None:
+    from pytest_pocket.backends.hf import HFBackend
+
+    from pytest_pocket.chat import ChatRequest, Message, Sampling
+    from pytest_pocket.tools import SCHEMAS
+
+    model = tiny(words)
+    model.save_pretrained(tmp_path)
+    words.save_pretrained(tmp_path)
+    backend = HFBackend(str(tmp_path))
+    try:
+        for trace in traces[:6]:
+            rendered = fit.render(words, trace, "raw", False, everything=True).ids
+            request = ChatRequest(
+                (Message("user", trace.messages[0]["content"]),), SCHEMAS, Sampling(max_tokens=1)
+            )
+            sent = list(backend.chat(request).prompt_ids)
+            assert rendered[: len(sent)] == sent
+    finally:
+        backend.close()
+
+
+@pytest.mark.parametrize("split", ["dev", "eval"])
+def test_data_with_a_held_out_seed_is_refused(split: Any, tmp_path: Path) -> None:
+    path = tmp_path / "traces.jsonl"
+    row = {"task": "read_value", "seed": instance_seed(split, 5), "messages": [], "weights": []}
+    path.write_text(json.dumps(row) + "\n")
+    with pytest.raises(data.DataError, match=f"holds the {split} seed"):
+        data.read(path)
+
+
+def test_an_instance_that_equals_a_held_out_one_is_recognised() -> None:
+    task = task_list.find("create_file")
+    guarded = data.guarded(["create_file"])
+    assert data.fingerprint(task.build(instance_seed("eval", 7))) in guarded
+    assert data.fingerprint(task.build(instance_seed("train", 7))) not in guarded
+
+
+def test_missing_traces_say_how_to_make_them(tmp_path: Path) -> None:
+    with pytest.raises(data.DataError, match="pocket train data"):
+        data.read(tmp_path / "none.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (("seed = 2", "seed = 2\nlearning_rate = 1"), "unknown key 'learning_rate'"),
+        (("[sft]", "[sfd]"), "unknown tables: sfd"),
+        (("raw = 0.5", "rough = 0.5"), "unknown prompt 'rough'"),
+        (("[sft]", "[sft"), "is not TOML"),
+    ],
+)
+def test_a_wrong_recipe_says_what_is_wrong(change: tuple[str, str], message: str, tmp_path: Path) -> None:
+    text = (Path(str(recipe.__file__)).parent / "recipes" / "smoke.toml").read_text()
+    path = tmp_path / "wrong.toml"
+    path.write_text(text.replace(*change))
+    with pytest.raises(RecipeError, match=message):
+        recipe.load(str(path))
+    with pytest.raises(RecipeError, match="choose from smoke, tiny"):
+        recipe.load("huge")
+
+
+@given(st.floats(0, 1))
+def test_the_learning_rate_stays_between_0_and_its_base(done: float) -> None:
+    assert 0 < fit.schedule(done) <= 1
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.integers(1, 900), min_size=64, max_size=64), st.integers(900, 4000))
+def test_batches_keep_to_their_tokens_and_lose_nothing(lengths: list[int], tokens: int) -> None:
+    examples = [fit.Rendered([number] * length, [1] * length) for number, length in enumerate(lengths)]
+    made: list[list[fit.Rendered]] = []
+    for batch in fit.batches(iter(examples), tokens):
+        made.append(batch)
+        if sum(map(len, made)) == len(examples):
+            break
+    assert all(len(batch) * max(len(each.ids) for each in batch) <= tokens for batch in made)
+    assert sorted(each.ids[0] for batch in made for each in batch) == list(range(64))
+
+
+def test_a_resumed_run_ends_like_an_uninterrupted_one(
+    traces: list[data.Trace], words: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+
+    def stream() -> Any:
+        return fit.stream(words, traces, ["x = 1\n"], SMALL, everything=False)
+
+    whole = tiny(words)
+    fit.fit_model(whole, stream(), SMALL, tmp_path / "whole.state")
+
+    class Killed(Exception):
+        pass
+
+    def interrupted() -> Any:
+        yield from islice(stream(), 64)
+        raise Killed
+
+    monkeypatch.setattr(fit, "SAVE_SECONDS", 0.0)
+    with pytest.raises(Killed):
+        fit.fit_model(tiny(words), interrupted(), SMALL, tmp_path / "halves.state")
+    resumed = tiny(words)
+    curve = fit.fit_model(resumed, stream(), SMALL, tmp_path / "halves.state")
+    assert curve[-1]["tokens"] >= SMALL.tokens
+    for one, other in zip(whole.parameters(), resumed.parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
+
+
+def test_training_lowers_the_loss(traces: list[data.Trace], words: Any, tmp_path: Path) -> None:
+    examples = fit.stream(words, traces, (), SMALL, everything=False)
+    longer = Fit(**{**SMALL.__dict__, "tokens": 60_000})
+    curve = fit.fit_model(tiny(words), examples, longer, tmp_path / "run.state", lambda: {"dev": 0.5}, 4)
+    assert curve[-1]["loss"] < curve[0]["loss"] - 0.5
+    assert [point["dev"] for point in curve if "dev" in point] == [0.5] * 4
+
+
+def test_a_loss_that_is_not_a_number_stops_the_run(
+    traces: list[data.Trace], words: Any, tmp_path: Path
+) -> None:
+    model = tiny(words)
+    model.model.embed_tokens.weight.data.fill_(float("nan"))
+    examples = fit.stream(words, traces, (), SMALL, everything=False)
+    with pytest.raises(fit.TrainingError, match="the loss is nan at step 0"):
+        fit.fit_model(model, examples, SMALL, tmp_path / "run.state")
+    assert not (tmp_path / "run.state").exists()
+
+
+@pytest.fixture
+def saved(words: Any, tmp_path: Path) -> Path:
+    directory = tmp_path / "mine"
+    checkpoint.save(
+        directory, tiny(words), words, name="mine", stage="sft", parent="base", description="", facts={}, curve=[]
+    )  # fmt: skip
+    return directory
+
+
+def test_a_checkpoint_is_a_model_of_the_suite(saved: Path) -> None:
+    model = read_manifest(saved)
+    assert (model.name, model.backend, model.parent, model.stage) == ("mine", "hf", "base", "sft")
+    assert sorted(saved.parent.iterdir()) == [saved]
+
+
+@pytest.mark.parametrize("key", ["suite", "tools_sha256", "template_sha256"])
+def test_a_checkpoint_made_for_another_suite_is_refused(key: str, saved: Path) -> None:
+    manifest = json.loads((saved / MANIFEST).read_text())
+    (saved / MANIFEST).write_text(json.dumps({**manifest, key: "other"}))
+    with pytest.raises(ModelError, match="made for another suite: .* other"):
+        read_manifest(saved)
+
+
+def test_the_tokenizer_keeps_words_whole_wherever_they_stand(words: Any) -> None:
+    for text in ("anchor", " anchor", "`anchor`", "src/anchor.py", "ANCHOR"):
+        pieces = words.tokenize(text)
+        assert "anchor" in pieces or "ANCHOR" in pieces, (text, pieces)
+
+
+@given(text=st.text(max_size=60))
+@settings(max_examples=100, deadline=None)
+def test_the_tokenizer_gives_back_every_text(text: str, words: Any) -> None:
+    encodable = text.encode("utf-8", "ignore").decode()
+    assert words.decode(words(encodable, add_special_tokens=False)["input_ids"]) == encodable
