@@ -132,15 +132,15 @@ class Config:
         return f"sed -i '/{self.section}/,/{self.key}/ {{ /{self.key}/ s/{old}/{new}/ }}' {self.path}"
 
     def _with(self, value: str) -> Sections:
-        spelled = (
-            (lambda s, k: self.format.flat(s, k) == self.key)
-            if self.format.flat
-            else (lambda s, k: (s, k) == (self.section, self.key))
-        )
         return {
-            section: {key: value if spelled(section, key) else old for key, old in keys.items()}
+            section: {key: value if self._is_setting(section, key) else old for key, old in keys.items()}
             for section, keys in self.sections.items()
         }
+
+    def _is_setting(self, section: str, key: str) -> bool:
+        if self.format.flat:
+            return self.format.flat(section, key) == self.key
+        return (section, key) == (self.section, self.key)
 
 
 def draw_config(draw: Draw) -> Config:

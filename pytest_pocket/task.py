@@ -22,7 +22,7 @@ Split = Literal["train", "dev", "eval"]
 SPLITS: tuple[Split, ...] = get_args(Split)
 SEEDS_PER_SPLIT = 10**9
 HELD_OUT_SHARE = 0.3
-"""The share of dev and eval instances that may draw kinds (a wording, a layout, a family) which training never shows."""
+"""The share of dev and eval instances that may draw kinds (wordings, layouts, families) which training never shows."""
 
 T = TypeVar("T")
 

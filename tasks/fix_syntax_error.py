@@ -36,7 +36,7 @@ def _without(text: str) -> Callable[[str], str]:
     return lambda line: line.replace(text, "", 1)
 
 
-BREAKS = Kinds(
+BREAKS: Kinds[tuple[str, str, Callable[[str], str]]] = Kinds(
     train=[
         ("def ", ":", lambda line: line.removesuffix(":")),
         ("def ", ")", _without(")")),

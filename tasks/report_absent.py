@@ -76,7 +76,8 @@ class ReportAbsent(Task):
     def reward(self, instance: Instance, final: Final) -> Score:
         answers = instance.expect["answers"]
         lines = [line for line in final.answer.splitlines() if line.strip()]
-        said = dict(tuple(map(normal, line.strip().lstrip("-* ").partition(":")[::2])) for line in lines)
+        pairs = [line.strip().lstrip("-* ").partition(":") for line in lines]
+        said = {normal(name): normal(value) for name, _, value in pairs}
         right = said == answers
         # Calling everything absent, or inventing a value for both, is no partial success.
         return score(final, Check("both", float(right), final.answer[:120]))

@@ -325,6 +325,7 @@ def test_samples_and_best_of_play_what_they_say(project: Project) -> None:
 
 
 def test_a_rerun_is_a_fresh_attempt(project: Project) -> None:
+    pytest.importorskip("pytest_rerunfailures")
     result = project.start(
         "--pocket-model=toy:flaky", "--pocket-prompt=raw", "--reruns=1", plugins=["pytest_rerunfailures"]
     )
@@ -337,12 +338,15 @@ def test_a_rerun_is_a_fresh_attempt(project: Project) -> None:
 
 
 def test_a_shuffled_order_and_a_timeout_change_no_number(project: Project) -> None:
+    pytest.importorskip("pytest_timeout")
+    pytest.importorskip("pytest_randomly")
     options = ("--pocket-model=half-right,oracle", "--runs=3")
     plain = project.start(*options)
     plugins = ["pytest_randomly", "pytest_timeout"]
     shuffled = project.start(
         *options, "--timeout=30", "-p", "randomly", "--pocket-records=other", plugins=plugins[1:]
     )
+    shuffled.stdout.fnmatch_lines(["Using --randomly-seed=*"])
     assert table(plain) == table(shuffled)
 
 

@@ -82,7 +82,7 @@ def test_requests_of_several_workers_meet_in_the_engine() -> None:
     with _serving(chat) as server:
         answers: list[str] = []
         threads = [
-            threading.Thread(target=lambda remote=remote: answers.append(remote.chat(REQUEST).content))  # type: ignore[misc]
+            threading.Thread(target=lambda remote=remote: answers.append(remote.chat(REQUEST).content))
             for remote in [_remote(server), *[_remote(server)] * 2]
         ]
         for thread in threads:

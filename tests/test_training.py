@@ -58,7 +58,7 @@ def tiny(words: Any) -> Any:
             intermediate_size=64,
             tie_word_embeddings=True,
             max_position_embeddings=2048,
-        )  # fmt: skip
+        )
     )
 
 
@@ -245,7 +245,7 @@ def test_a_checkpoint_is_a_model_of_the_suite(saved: Path) -> None:
 def test_a_checkpoint_made_for_another_suite_is_refused(key: str, saved: Path) -> None:
     manifest = json.loads((saved / MANIFEST).read_text())
     (saved / MANIFEST).write_text(json.dumps({**manifest, key: "other"}))
-    with pytest.raises(ModelError, match="made for another suite: .* other"):
+    with pytest.raises(ModelError, match=r"made for another suite: .* other"):
         read_manifest(saved)
 
 

@@ -25,7 +25,7 @@ def episodes(path: str, split: Split, runs: int, condition: Condition, first: in
     ]
     try:
         with ThreadPoolExecutor(32) as threads:
-            return list(threads.map(lambda job: play(*job, backend, workshop, condition), jobs))
+            return list(threads.map(lambda job: play(job[0], job[1], backend, workshop, condition), jobs))
     finally:
         backend.close()
 

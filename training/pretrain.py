@@ -13,6 +13,8 @@ from pathlib import Path
 from pytest_pocket.training import checkpoint, data, fit, recipe, tokenizer
 from pytest_pocket.training.evaluate import on_dev
 
+from pytest_pocket.registry import file_hash
+
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Train a base model from scratch."""
@@ -74,7 +76,7 @@ def facts(
     return {
         "recipe": chosen.name,
         "recipe_sha256": checkpoint.recipe_hash(chosen),
-        "data_sha256": checkpoint.file_hash(traces),
+        "data_sha256": file_hash(traces),
         "seed": stage.seed,
         "data_seed": chosen.data.seed,
         "tokens": int(curve[-1]["tokens"]) if curve else 0,

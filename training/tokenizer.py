@@ -70,7 +70,7 @@ def build(traces: Iterable[Trace], vocabulary: int) -> Any:
     names = [spelled for noun in NOUNS for spelled in (noun, noun.upper())]
     corpus = [*texts(traces), *(20 * [*SYSTEM_PROMPTS.values(), *signatures, *names]), *sources()]
     tokenizer.train_from_iterator(corpus, trainer)
-    return PreTrainedTokenizerFast(
+    return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
         tokenizer_object=tokenizer,
         eos_token=END,
         pad_token=PAD,
