@@ -298,14 +298,19 @@ def _model(model: Model) -> dict[str, Any]:
     template = Path(model.target, "chat_template.jinja") if model.target else None
     return {
         "backend": model.backend,
-        "target": model.target,
-        "adapter": model.adapter,
+        "target": _portable(model.target),
+        "adapter": _portable(model.adapter),
         "parent": model.parent,
         "stage": model.stage,
         "digest": model.digest,
         "template_sha256": file_hash(template) if template and template.is_file() else "",
         "options": dict(model.options),
     }
+
+
+def _portable(target: str) -> str:
+    """A target without the folders of this machine: the digest says which weights, and runs are published."""
+    return Path(target).name if Path(target).is_absolute() else target
 
 
 def _git(directory: Path) -> dict[str, Any]:

@@ -14,17 +14,17 @@ from pytest_pocket.episode import Episode, Workshop, play
 from pytest_pocket.task import Split, instance_seed
 
 
-def episodes(path: str, split: Split, runs: int, condition: Condition, first: int = 0) -> list[Episode]:
-    """Every task's instances ``first`` to ``first + runs`` of a split, attempted by the checkpoint at ``path``."""
+def episodes(path: str, split: Split, runs: int, condition: Condition, in_flight: int = 32) -> list[Episode]:
+    """The first ``runs`` instances of every task of a split, attempted by the checkpoint at ``path``."""
     workshop = Workshop(sandbox.select("auto"))
     backend = HFBackend(path)
     jobs = [
         (task, task.build(instance_seed(split, index)))
         for task in task_list.shipped().values()
-        for index in range(first, first + runs)
+        for index in range(runs)
     ]
     try:
-        with ThreadPoolExecutor(32) as threads:
+        with ThreadPoolExecutor(in_flight) as threads:
             return list(threads.map(lambda job: play(job[0], job[1], backend, workshop, condition), jobs))
     finally:
         backend.close()
