@@ -21,9 +21,9 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
-from pytest_pocket.backends.hf import HFBackend, _draw, _Row  # noqa: E402
 from tiny_models import make_qwen3, make_qwen3_5  # noqa: E402
 
+from pytest_pocket.backends.hf import HFBackend, _draw, _Row  # noqa: E402
 from pytest_pocket.chat import (  # noqa: E402
     Cancelled,
     ChatReply,

@@ -9,9 +9,9 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pytest_pocket.backends.scripted import NoopBackend, OracleBackend
 
 from pytest_pocket import sandbox, task_list
+from pytest_pocket.backends.scripted import NoopBackend, OracleBackend
 from pytest_pocket.chat import ChatReply, ChatRequest, ToolCall
 from pytest_pocket.episode import Budget, Episode, Workshop, play
 from pytest_pocket.functions import FAMILIES

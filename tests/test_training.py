@@ -10,14 +10,14 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pytest_pocket.training import checkpoint, data, fit, recipe, tokenizer
-from pytest_pocket.training.recipe import Fit, RecipeError
 
 from pytest_pocket import sandbox, task_list
 from pytest_pocket.conditions import SYSTEM_PROMPTS
 from pytest_pocket.episode import Workshop, play
 from pytest_pocket.registry import MANIFEST, ModelError, read_manifest
 from pytest_pocket.task import instance_seed
+from pytest_pocket.training import checkpoint, data, fit, recipe, tokenizer
+from pytest_pocket.training.recipe import Fit, RecipeError
 
 SMALL = Fit({"raw": 0.5, "full": 0.5}, 0.3, 0.2, 30_000, 1024, 0.02, 3e-3, 1)
 NAMES = ["read_value", "create_file", "answer_directly", "recover_missing"]
@@ -101,7 +101,6 @@ def test_training_sees_the_token_ids_that_the_backend_sends(
     traces: list[data.Trace], words: Any, tmp_path: Path
 ) -> None:
     from pytest_pocket.backends.hf import HFBackend
-
     from pytest_pocket.chat import ChatRequest, Message, Sampling
     from pytest_pocket.tools import SCHEMAS
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import platform
@@ -9,12 +10,14 @@ import shutil
 import subprocess
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from pytest_pocket.registry import MANIFEST, file_hash, sha256_json, tools_hash
 from pytest_pocket.task import SUITE_VERSION
+from pytest_pocket.training.recipe import Fit, Recipe
 
 
 def save(
@@ -30,13 +33,11 @@ def save(
     curve: Sequence[Mapping[str, float]],
 ) -> None:
     """Write a checkpoint: bf16 safetensors, tokenizer, chat template, curve, manifest.  Complete or not at all."""
+    import torch
+
     partial = directory.with_name(f".{directory.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    import copy
-
-    import torch
-
     copy.deepcopy(model).to(device="cpu", dtype=torch.bfloat16).save_pretrained(partial)
     tokenizer.save_pretrained(partial)
     (partial / "curve.json").write_text(json.dumps(list(curve)) + "\n")
@@ -72,8 +73,6 @@ def commit() -> str:
     return found.stdout.strip() or "unknown"
 
 
-def recipe_hash(recipe: Any) -> str:
-    """The hash of a recipe's values."""
-    import dataclasses
-
-    return sha256_json(dataclasses.asdict(recipe))
+def recipe_hash(recipe: Recipe, stage: Fit) -> str:
+    """The hash of all values of a recipe that one stage depends on."""
+    return sha256_json([recipe.vocabulary, recipe.model, asdict(recipe.data), asdict(stage)])

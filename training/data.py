@@ -22,13 +22,12 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from pytest_pocket.backends.scripted import OracleBackend
-from pytest_pocket.training import recipe as recipes
-
 from pytest_pocket import sandbox, task_list
+from pytest_pocket.backends.scripted import OracleBackend
 from pytest_pocket.chat import ChatReply, ChatRequest, Message, ToolCall
 from pytest_pocket.episode import Episode, Workshop, play
 from pytest_pocket.task import Instance, instance_seed, split_of
+from pytest_pocket.training import recipe as recipes
 from pytest_pocket.words import NOUNS
 
 GUARDED = 1000

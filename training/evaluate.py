@@ -6,9 +6,8 @@ import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from pytest_pocket.backends.hf import HFBackend
-
 from pytest_pocket import sandbox, task_list
+from pytest_pocket.backends.hf import HFBackend
 from pytest_pocket.conditions import Condition
 from pytest_pocket.episode import Episode, Workshop, play
 from pytest_pocket.task import Split, instance_seed

@@ -17,11 +17,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pytest_pocket.training.data import Trace
-from pytest_pocket.training.recipe import Fit
-
 from pytest_pocket.conditions import SYSTEM_PROMPTS
 from pytest_pocket.tools import SCHEMAS
+from pytest_pocket.training.data import Trace
+from pytest_pocket.training.recipe import Fit
 
 IGNORED = -100
 WARMUP = 0.02

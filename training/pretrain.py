@@ -10,10 +10,9 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from pytest_pocket.registry import file_hash
 from pytest_pocket.training import checkpoint, data, fit, recipe, tokenizer
 from pytest_pocket.training.evaluate import on_dev
-
-from pytest_pocket.registry import file_hash
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -75,7 +74,7 @@ def facts(
     """What a manifest says of a run: recipe, data, seed, tokens, minutes."""
     return {
         "recipe": chosen.name,
-        "recipe_sha256": checkpoint.recipe_hash(chosen),
+        "recipe_sha256": checkpoint.recipe_hash(chosen, stage),
         "data_sha256": file_hash(traces),
         "seed": stage.seed,
         "data_seed": chosen.data.seed,

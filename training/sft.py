@@ -10,11 +10,10 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from pytest_pocket.registry import Registry
 from pytest_pocket.training import checkpoint, data, fit, recipe
 from pytest_pocket.training.evaluate import on_dev
 from pytest_pocket.training.pretrain import facts
-
-from pytest_pocket.registry import Registry
 
 
 def main(argv: Sequence[str] | None = None) -> None:

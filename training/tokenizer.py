@@ -12,10 +12,9 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from pytest_pocket.training.data import Trace
-
 from pytest_pocket import tools
 from pytest_pocket.conditions import SYSTEM_PROMPTS
+from pytest_pocket.training.data import Trace
 from pytest_pocket.words import NOUNS
 
 TEMPLATE = Path(__file__).parent / "chat_template.jinja"

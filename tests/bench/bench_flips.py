@@ -24,10 +24,17 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
     path = Registry().resolve(options.model).target
-    counts = {"model": options.model, "in_flight": options.in_flight, "episodes": 0, "outcomes_flipped": 0, "texts_differ": 0}
+    counts = {
+        "model": options.model,
+        "in_flight": options.in_flight,
+        "episodes": 0,
+        "outcomes_flipped": 0,
+        "texts_differ": 0,
+    }
     for prompt in ("raw", "full"):
         one, many = (
-            episodes(path, "eval", options.runs, Condition(prompt), in_flight) for in_flight in (1, options.in_flight)
+            episodes(path, "eval", options.runs, Condition(prompt), in_flight)
+            for in_flight in (1, options.in_flight)
         )
         counts["episodes"] += len(one)
         counts["outcomes_flipped"] += sum(a.outcome != b.outcome for a, b in zip(one, many, strict=True))

@@ -18,9 +18,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from pytest_pocket.backends.hf import HFBackend
 from tiny_models import make_qwen3
 
+from pytest_pocket.backends.hf import HFBackend
 from pytest_pocket.chat import ChatRequest, Message, Sampling
 
 IN_FLIGHT = 32
