@@ -9,7 +9,7 @@ import importlib
 import json
 import shutil
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -41,48 +41,27 @@ def _stop(message: object) -> NoReturn:
 def list_all(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
     """Show the models, the tasks and the conditions there are."""
     from pytest_pocket import registry, task_list
+    from pytest_pocket.catalogue import catalogue
     from pytest_pocket.conditions import SYSTEM_PROMPTS, THINK
 
     try:
-        models = registry.Registry(registry.from_pyproject(Path("pyproject.toml"))).models.values()
+        known = registry.Registry(registry.from_pyproject(Path("pyproject.toml")))
     except registry.ModelError as error:
         _stop(error)
+    if not as_json:
+        typer.echo("\n".join(catalogue(known)))
+        return
     groups: dict[str, list[str]] = {}
     for task in task_list.shipped().values():
         groups.setdefault(task.group, []).append(task.name)
     conditions = {"prompt": list(SYSTEM_PROMPTS), "think": list(THINK)}
-    if as_json:
-        data = {"models": [_about(model) for model in models], "tasks": groups, "conditions": conditions}
-        typer.echo(json.dumps(data, indent=2))
-        return
-    typer.echo("\n".join(_catalogue(models, groups, conditions)))
+    models = [_about(model) for model in known.models.values()]
+    typer.echo(json.dumps({"models": models, "tasks": groups, "conditions": conditions}, indent=2))
 
 
 def _about(model: Model) -> dict[str, str]:
     keys = ("name", "backend", "stage", "parent", "description")
     return {key: str(getattr(model, key)) for key in keys}
-
-
-def _catalogue(
-    models: Iterable[Model], groups: Mapping[str, list[str]], conditions: Mapping[str, list[str]]
-) -> Iterator[str]:
-    from pytest_pocket.report import printable
-
-    yield "models (--pocket-model)"
-    rows = [("name", "backend", "stage", "parent", "")]
-    rows += [tuple(map(printable, _about(model).values())) for model in models]  # type: ignore[misc]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row in rows:
-        cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
-        yield f"  {'  '.join(cells)}".rstrip()
-    yield "\ntasks (-m GROUP, -k TASK)"
-    for group, names in groups.items():
-        yield f"  {group:<6} {' '.join(names)}"
-    yield "\nconditions"
-    for option, values in conditions.items():
-        yield f"  --pocket-{option:<12} {' '.join(values)}"
-    yield "  --pocket-temperature  0 (greedy) or above"
-    yield "  --pocket-best-of      1 or more"
 
 
 @app.command()

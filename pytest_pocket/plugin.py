@@ -151,7 +151,7 @@ def pytest_collect_file(
     found = yield
     if file_path.suffix == ".py" and not any(isinstance(collector, TaskFile) for collector in found):
         if _is_shipped(file_path):
-            found.append(TaskFile.from_parent(parent, path=file_path))
+            found.append(_shipped_file(file_path, parent))
         elif tasks := _hooked_tasks(parent.config).get(file_path.resolve()):
             collector = TaskFile.from_parent(parent, path=file_path)
             collector.tasks = tasks
@@ -162,7 +162,7 @@ def pytest_collect_file(
 @pytest.hookimpl(tryfirst=True)
 def pytest_pycollect_makemodule(module_path: Path, parent: pytest.Collector) -> pytest.Module | None:
     """Where pytest itself would import a shipped task: under its one name."""
-    return TaskFile.from_parent(parent, path=module_path) if _is_shipped(module_path) else None
+    return _shipped_file(module_path, parent) if _is_shipped(module_path) else None
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -190,6 +190,13 @@ class TaskFile(pytest.Module):
     def funcnamefilter(self, name: str) -> bool:
         """Every function here is a test."""
         return True
+
+
+def _shipped_file(path: Path, parent: pytest.Collector) -> TaskFile:
+    if path.is_relative_to(parent.config.rootpath):
+        return TaskFile.from_parent(parent, path=path)
+    # pytest would name an installed file by how it was asked for, and --lf would not find it again.
+    return TaskFile.from_parent(parent, path=path, nodeid=f"pytest_pocket/tasks/{path.name}")
 
 
 def _test_of(task: Task, cells: list[Cell], session: Session | None) -> Callable[..., None]:

@@ -73,9 +73,12 @@ def markdown(rows: Sequence[Row]) -> str:
 
 
 def rows(records: Iterable[Mapping[str, Any]]) -> list[dict[str, Value]]:
-    """The rows of records: the chosen episodes, with the tokens and seconds of all their candidates."""
+    """The rows of records: the chosen episodes, with the tokens and seconds of all their candidates.
+
+    A cell that was played again (a rerun) counts once, as it ended last.
+    """
     spent: dict[tuple[object, ...], Counter[str]] = {}
-    found = []
+    found = {}
     for record in records:
         cell = tuple(record[key] for key in (*SUBJECT, "prompt", "task", "run", "sample"))
         replies = record["replies"]
@@ -84,8 +87,8 @@ def rows(records: Iterable[Mapping[str, Any]]) -> list[dict[str, Value]]:
         cost["completion_tokens"] += sum(reply["completion_tokens"] for reply in replies)
         cost["seconds"] += record["seconds"]
         if record["chosen"]:
-            found.append((cell, record))
-    return [_row(record, spent[cell]) for cell, record in found]
+            found[cell] = record
+    return [_row(record, spent[cell]) for cell, record in found.items()]
 
 
 def _row(record: Mapping[str, Any], cost: Mapping[str, Value]) -> dict[str, Value]:

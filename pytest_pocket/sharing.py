@@ -58,9 +58,9 @@ class Server:
             connections = tuple(self._connections)
         for connection in connections:
             _hang_up(connection)
-        # Closing a listener does not wake a thread that accepts on it; a connection does.
-        with contextlib.suppress(OSError, EOFError, AuthenticationError):
-            Client(self.address, "AF_UNIX", authkey=self.authkey).close()
+        # Closing a listener does not wake a thread that accepts on it; a visitor does.
+        with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX) as visitor:
+            visitor.connect(self.address)
         self._listener.close()
         shutil.rmtree(self._folder, ignore_errors=True)
 

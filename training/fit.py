@@ -21,6 +21,7 @@ from pytest_pocket.conditions import SYSTEM_PROMPTS
 from pytest_pocket.tools import SCHEMAS
 from pytest_pocket.training.data import Trace
 from pytest_pocket.training.recipe import Fit
+from pytest_pocket.words import NOUNS
 
 IGNORED = -100
 WARMUP = 0.02
@@ -93,6 +94,28 @@ def stream(
                 yield Rendered(ids, [1] * len(ids))
 
 
+def copies(tokenizer: Any, seed: int) -> Iterator[Rendered]:
+    """Random names and digits, then a part of them again, without end: only the repetition is learned.
+
+    Copying is the first skill of an agent, and in traces too rare to emerge early: with these in the mixture
+    a tiny model learned it within a million tokens, without them not in three.
+    """
+    choice = random.Random(seed)
+    pieces = [*NOUNS, *(60 * "0123456789")]
+    joints = list("/._-: `\n")
+
+    def encode(text: str) -> list[int]:
+        return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    while True:
+        before = "".join(choice.choice(pieces) + " " for _ in range(choice.randint(0, 20)))
+        parts = [choice.choice(pieces) + choice.choice([*joints, "", ""]) for _ in range(24)]
+        start = choice.randint(0, 12)
+        again = parts[start : start + choice.randint(4, 12)]
+        first, second = encode(before + "".join(parts) + "\n"), encode("".join(again))
+        yield Rendered(first + second, [0] * (len(first) + 1) + [1] * (len(second) - 1))
+
+
 def batches(examples: Iterator[Rendered], tokens: int, window: int = 64) -> Iterator[list[Rendered]]:
     """Batches of at most ``tokens`` tokens, padding included, made of examples of like length."""
     while True:
@@ -158,7 +181,7 @@ def next_token_loss(model: Any, ids: Any, mask: Any, labels: Any) -> Any:
 
 def fit_model(
     model: Any,
-    examples: Iterator[Rendered],
+    batches_of_steps: Iterator[Sequence[list[Rendered]]],
     fit: Fit,
     state: Path,
     evaluate: Callable[[], dict[str, float]] | None = None,
@@ -166,6 +189,8 @@ def fit_model(
     device: str = "cpu",
 ) -> list[dict[str, float]]:
     """Train until the recipe's tokens are seen; resumes from ``state`` if it is there.  Returns the curve.
+
+    A step is one or more batches whose gradients add up; the loss reported is that of the first.
 
     Raises TrainingError at a loss that is not a number; the last saved state is then intact.
     """
@@ -183,9 +208,8 @@ def fit_model(
         for optimizer, values in zip(optimizers, saved["optimizers"], strict=True):
             optimizer.load_state_dict(values)
         seen, steps, spent, curve = saved["seen"], saved["steps"], saved["spent"], saved["curve"]
-    source = batches(examples, fit.batch_tokens)
     for _ in range(steps):
-        next(source)
+        next(batches_of_steps)
     started = last_save = time.monotonic()
     recent: list[float] = []
 
@@ -205,22 +229,27 @@ def fit_model(
         os.replace(partial, state)
 
     while seen < fit.tokens:
-        ids, mask, labels = (tensor.to(device) for tensor in _tensors(next(source)))
-        loss = next_token_loss(model, ids, mask, labels)
-        if not math.isfinite(loss.item()):
+        losses = []
+        before = seen
+        for batch in next(batches_of_steps):
+            ids, mask, labels = (tensor.to(device) for tensor in _tensors(batch))
+            loss = next_token_loss(model, ids, mask, labels)
+            loss.backward()
+            losses.append(loss.item())
+            seen += int(mask.sum())
+        if not all(map(math.isfinite, losses)):
             raise TrainingError(
-                f"the loss is {loss.item()} at step {steps}: lower the learning rates; last state: {state}"
+                f"the loss is {losses} at step {steps}: lower the learning rates; last state: {state}"
             )
-        loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        factor = schedule(seen / fit.tokens)
+        factor = schedule(before / fit.tokens)
         for optimizer, base in zip(optimizers, rates, strict=True):
             for group, rate in zip(optimizer.param_groups, base, strict=True):
                 group["lr"] = rate * factor
             optimizer.step()
             optimizer.zero_grad()
-        before, seen, steps = seen, seen + int(mask.sum()), steps + 1
-        recent.append(loss.item())
+        steps += 1
+        recent.append(losses[0])
         due = evaluations and seen * evaluations // fit.tokens > before * evaluations // fit.tokens
         if steps % 100 == 0 or seen >= fit.tokens or due:
             point = {

@@ -1,7 +1,8 @@
 """pretrain: from nothing to ``base``, by next-token prediction over a broad mixture.
 
-The mixture holds agentic traces as they come, mistakes and tool output included, and Python source; it has no
-system prompts.  The result can continue such text, and was never told what is good.
+The mixture holds agentic traces as they come, mistakes and tool output included, Python source, and as many
+tokens of random names to copy; it has no system prompts.  The result continues such text, and was never told
+what is good.
 """
 
 from __future__ import annotations
@@ -45,12 +46,18 @@ def main(argv: Sequence[str] | None = None) -> None:
         rope_parameters={"rope_type": "default", "rope_theta": chosen.model["rope_theta"]},
     )
     model = Qwen3ForCausalLM(config)
-    examples = fit.stream(words, traces, tokenizer.sources(), chosen.pretrain, everything=True)
+    stage = chosen.pretrain
+    examples = fit.stream(words, traces, tokenizer.sources(), stage, everything=True)
+    steps = zip(
+        fit.batches(examples, stage.batch_tokens),
+        fit.batches(fit.copies(words, stage.seed), stage.batch_tokens),
+        strict=True,
+    )
     options.out.mkdir(parents=True, exist_ok=True)
     curve = fit.fit_model(
         model,
-        examples,
-        chosen.pretrain,
+        steps,
+        stage,
         options.out / f"{options.name}.state",
         lambda: on_dev(model, words),
         options.evaluations,
@@ -63,13 +70,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         stage="base",
         parent="",
         description="tiny Qwen3, trained from scratch on agentic traces and Python source, without system prompts",
-        facts=facts(chosen, options.recipe, options.traces, chosen.pretrain, curve),
+        facts=facts(chosen, options.traces, stage, curve),
         curve=curve,
     )
 
 
 def facts(
-    chosen: recipe.Recipe, name: str, traces: Path, stage: recipe.Fit, curve: Sequence[dict[str, float]]
+    chosen: recipe.Recipe, traces: Path, stage: recipe.Fit, curve: Sequence[dict[str, float]]
 ) -> dict[str, object]:
     """What a manifest says of a run: recipe, data, seed, tokens, minutes."""
     return {

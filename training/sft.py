@@ -44,10 +44,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     traces = data.read(options.traces)
     examples = fit.stream(words, traces, (), chosen.sft, everything=False)
+    steps = ((batch,) for batch in fit.batches(examples, chosen.sft.batch_tokens))
     options.out.mkdir(parents=True, exist_ok=True)
     curve = fit.fit_model(
         model,
-        examples,
+        steps,
         chosen.sft,
         options.out / f"{options.name}.state",
         lambda: on_dev(model, words),
@@ -61,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         stage="sft",
         parent=parent.name,
         description="supervised fine-tuning on validated oracle traces, raw and with system prompts",
-        facts=facts(chosen, options.recipe, options.traces, chosen.sft, curve),
+        facts=facts(chosen, options.traces, chosen.sft, curve),
         curve=curve,
     )
 
