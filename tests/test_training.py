@@ -19,7 +19,7 @@ from pytest_pocket.task import instance_seed
 from pytest_pocket.training import checkpoint, data, fit, recipe, tokenizer
 from pytest_pocket.training.recipe import Fit, RecipeError
 
-SMALL = Fit({"raw": 0.5, "full": 0.5}, 0.3, 0.2, 30_000, 1024, 0.02, 3e-3, 1)
+SMALL = Fit({"raw": 0.5, "full": 0.5}, 0.3, 0.2, 2000, 30_000, 1024, 0.02, 3e-3, 1)
 NAMES = ["read_value", "create_file", "answer_directly", "recover_missing"]
 
 
@@ -60,11 +60,6 @@ def tiny(words: Any) -> Any:
             max_position_embeddings=2048,
         )
     )
-
-
-def steps(examples: Any) -> Any:
-    """Steps of one batch each."""
-    return ((batch,) for batch in fit.batches(examples, SMALL.batch_tokens))
 
 
 def said(message: dict[str, Any], think: bool) -> str:
@@ -197,7 +192,7 @@ def test_a_resumed_run_ends_like_an_uninterrupted_one(
     import torch
 
     def stream() -> Any:
-        return steps(fit.stream(words, traces, ["x = 1\n"], SMALL, everything=False))
+        return fit.steps(words, traces, ["x = 1\n"], SMALL, everything=False)
 
     whole = tiny(words)
     fit.fit_model(whole, stream(), SMALL, tmp_path / "whole.state")
@@ -220,11 +215,9 @@ def test_a_resumed_run_ends_like_an_uninterrupted_one(
 
 
 def test_training_lowers_the_loss(traces: list[data.Trace], words: Any, tmp_path: Path) -> None:
-    examples = fit.stream(words, traces, (), SMALL, everything=False)
+    steps = fit.steps(words, traces, (), SMALL, everything=False)
     longer = Fit(**{**SMALL.__dict__, "tokens": 60_000})
-    curve = fit.fit_model(
-        tiny(words), steps(examples), longer, tmp_path / "run.state", lambda: {"dev": 0.5}, 4
-    )
+    curve = fit.fit_model(tiny(words), steps, longer, tmp_path / "run.state", lambda: {"dev": 0.5}, 4)
     assert curve[-1]["loss"] < curve[0]["loss"] - 0.5
     assert [point["dev"] for point in curve if "dev" in point] == [0.5] * 4
 
@@ -234,9 +227,9 @@ def test_a_loss_that_is_not_a_number_stops_the_run(
 ) -> None:
     model = tiny(words)
     model.model.embed_tokens.weight.data.fill_(float("nan"))
-    examples = fit.stream(words, traces, (), SMALL, everything=False)
+    steps = fit.steps(words, traces, (), SMALL, everything=False)
     with pytest.raises(fit.TrainingError, match=r"the loss is \[nan\] at step 0"):
-        fit.fit_model(model, steps(examples), SMALL, tmp_path / "run.state")
+        fit.fit_model(model, steps, SMALL, tmp_path / "run.state")
     assert not (tmp_path / "run.state").exists()
 
 

@@ -129,6 +129,19 @@ def batches(examples: Iterator[Rendered], tokens: int, window: int = 64) -> Iter
         yield from made
 
 
+def steps(
+    tokenizer: Any, traces: Sequence[Trace], plain: Sequence[str], fit: Fit, *, everything: bool
+) -> Iterator[tuple[list[Rendered], ...]]:
+    """The batches of each step: one of traces and, until ``copy_tokens`` are seen, one of copies."""
+    shown = batches(stream(tokenizer, traces, plain, fit, everything=everything), fit.batch_tokens)
+    copied = batches(copies(tokenizer, fit.seed), fit.batch_tokens)
+    seen = 0
+    while True:
+        step = (next(shown), next(copied)) if seen < fit.copy_tokens else (next(shown),)
+        seen += sum(len(example.ids) for batch in step for example in batch)
+        yield step
+
+
 def _optimizers(model: Any, fit: Fit) -> list[Any]:
     import torch
 

@@ -47,12 +47,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     model = Qwen3ForCausalLM(config)
     stage = chosen.pretrain
-    examples = fit.stream(words, traces, tokenizer.sources(), stage, everything=True)
-    steps = zip(
-        fit.batches(examples, stage.batch_tokens),
-        fit.batches(fit.copies(words, stage.seed), stage.batch_tokens),
-        strict=True,
-    )
+    steps = fit.steps(words, traces, tokenizer.sources(), stage, everything=True)
     options.out.mkdir(parents=True, exist_ok=True)
     curve = fit.fit_model(
         model,

@@ -31,11 +31,13 @@ class Data:
 @dataclass(frozen=True)
 class Fit:
     """One stage.  ``prompts`` weighs the conditions of the traces, ``think`` is the share with thinking,
-    ``text_share`` that of plain source text among the tokens; ``tokens`` is how many are seen in all."""
+    ``text_share`` that of plain source text among them; the first ``copy_tokens`` of the ``tokens`` seen in all
+    have as many random names to copy among them as traces."""
 
     prompts: Mapping[str, float]
     think: float
     text_share: float
+    copy_tokens: int
     tokens: int
     batch_tokens: int
     muon_lr: float

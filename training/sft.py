@@ -43,8 +43,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         parent.target, dtype=torch.float32, use_safetensors=True, local_files_only=True
     )
     traces = data.read(options.traces)
-    examples = fit.stream(words, traces, (), chosen.sft, everything=False)
-    steps = ((batch,) for batch in fit.batches(examples, chosen.sft.batch_tokens))
+    steps = fit.steps(words, traces, (), chosen.sft, everything=False)
     options.out.mkdir(parents=True, exist_ok=True)
     curve = fit.fit_model(
         model,
