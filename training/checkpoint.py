@@ -58,6 +58,9 @@ def save(
         **facts,
     }
     (partial / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
+    for path in partial.iterdir():
+        # safetensors are written for the owner alone, and a checkpoint is to be shared.
+        path.chmod(0o644)
     shutil.rmtree(directory, ignore_errors=True)
     os.replace(partial, directory)
 
