@@ -15,7 +15,7 @@ RUNS = sorted(path.parent for path in (ROOT / "reports").glob("*/run.json"))
 
 
 def test_there_are_committed_runs() -> None:
-    assert [run.name for run in RUNS] == ["sft-run6-24-runs", "tiny-family-3-runs"]
+    assert [run.name for run in RUNS] == ["tiny-family-3-runs"]
 
 
 @pytest.mark.parametrize("run", RUNS, ids=lambda run: run.name)
