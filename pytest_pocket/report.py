@@ -23,6 +23,7 @@ from rich.table import Table
 from rich.text import Text
 
 from pytest_pocket import statistics
+from pytest_pocket.conditions import SYSTEM_PROMPTS
 from pytest_pocket.episode import INVALID, Ending
 from pytest_pocket.task_list import GROUPS
 
@@ -156,7 +157,9 @@ def _asked(row: Row) -> str:
 
 
 def _prompts(rows: Iterable[Row]) -> list[str]:
-    return list(dict.fromkeys(str(row["prompt"]) for row in rows))
+    known = {prompt: place for place, prompt in enumerate(SYSTEM_PROMPTS)}
+    found = dict.fromkeys(str(row["prompt"]) for row in rows)
+    return sorted(found, key=lambda prompt: known.get(prompt, len(known)))
 
 
 def _valid(rows: Iterable[Row]) -> list[Row]:

@@ -379,7 +379,7 @@ def test_an_interrupt_ends_at_once_and_leaves_no_process_behind(project: Project
         start = time.monotonic()
         run.send_signal(signal.SIGINT)
         output, _ = run.communicate(timeout=20)
-    assert time.monotonic() - start < 3, output
+    assert time.monotonic() - start < 8, output
     assert run.returncode == pytest.ExitCode.INTERRUPTED
     assert project.records() == []
     wait_for(lambda: not processes("sleep 9.753"))

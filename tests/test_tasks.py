@@ -249,7 +249,7 @@ def test_prompts_vary_and_files_distract(name: str) -> None:
     instances = [TASKS[name].build(instance_seed("train", index)) for index in range(400)]
     assert len({each.prompt for each in instances}) > 380
     assert all(
-        len(each.files) >= (1 if name in ("answer_directly", "recover_missing") else 2) for each in instances
+        len(each.files) >= (1 if name in ("answer_directly", "create_file") else 2) for each in instances
     )
 
 

@@ -96,7 +96,7 @@ def test_an_interrupt_of_the_controller_ends_its_workers(project: Project, model
         start = time.monotonic()
         os.kill(run.pid, signal.SIGINT)
         output, _ = run.communicate(timeout=30)
-    assert time.monotonic() - start < 3, output
+    assert time.monotonic() - start < 8, output
     assert run.returncode == pytest.ExitCode.INTERRUPTED
     assert project.records() == []
     wait_for(lambda: not processes("sleep 9.753"), seconds=2)

@@ -59,11 +59,10 @@ class Recipe:
 
 def load(name: str) -> Recipe:
     """The recipe of a name that ships, or of a path to a TOML file.  Raises RecipeError."""
-    path = Path(str(resources.files("pytest_pocket.training") / "recipes" / f"{name}.toml"))
-    if not path.is_file():
-        path = Path(name)
-    if not path.is_file():
-        shipped = ", ".join(sorted(file.stem for file in path.parent.glob("*.toml"))) or "tiny, smoke"
+    folder = Path(str(resources.files("pytest_pocket.training") / "recipes"))
+    path = next((path for path in (folder / f"{name}.toml", Path(name)) if path.is_file()), None)
+    if path is None:
+        shipped = ", ".join(sorted(file.stem for file in folder.glob("*.toml")))
         raise RecipeError(f"unknown recipe {name!r}: choose from {shipped}, or give the path of a TOML file")
     try:
         table = tomllib.loads(path.read_text())
