@@ -43,10 +43,3 @@ def on_dev(model: Any, tokenizer: Any, runs: int = 6) -> dict[str, float]:
                 found[f"dev_{prompt}_reward"] = sum(episode.reward for episode in done) / len(done)
                 found[f"dev_{prompt}_pass"] = sum(episode.outcome == "passed" for episode in done) / len(done)
     return found
-
-
-def by_task(done: list[Episode]) -> dict[str, float]:
-    """The mean reward of each task."""
-    tasks = dict.fromkeys(episode.instance.task for episode in done)
-    groups = {name: [episode.reward for episode in done if episode.instance.task == name] for name in tasks}
-    return {name: sum(rewards) / len(rewards) for name, rewards in groups.items()}

@@ -6,6 +6,7 @@ reached in 4 CPU-minutes what AdamW with stock batches did not reach at all, and
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 import os
@@ -177,6 +178,17 @@ def _tensors(batch: list[Rendered]) -> tuple[Any, Any, Any]:
         targets = torch.tensor(example.targets, dtype=torch.bool)
         labels[row, :length][targets] = ids[row, :length][targets]
     return ids, mask, labels
+
+
+def arguments(stage: str, description: str | None) -> argparse.ArgumentParser:
+    """The options that every stage of training has."""
+    parser = argparse.ArgumentParser(prog=f"pocket train {stage}", description=description)
+    parser.add_argument("--recipe", default="tiny")
+    parser.add_argument("--traces", type=Path, default=Path(".pocket/data/traces.jsonl"))
+    parser.add_argument("--out", type=Path, default=Path(".pocket/checkpoints"))
+    parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0 leaves torch's choice")
+    parser.add_argument("--evaluations", type=int, default=0, help="dev evaluations along the way")
+    return parser
 
 
 def next_token_loss(model: Any, ids: Any, mask: Any, labels: Any) -> Any:

@@ -7,7 +7,6 @@ what is good.
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -18,13 +17,8 @@ from pytest_pocket.training.evaluate import on_dev
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Train a base model from scratch."""
-    parser = argparse.ArgumentParser(prog="pocket train pretrain", description=__doc__)
-    parser.add_argument("--recipe", default="tiny")
-    parser.add_argument("--traces", type=Path, default=Path(".pocket/data/traces.jsonl"))
+    parser = fit.arguments("pretrain", __doc__)
     parser.add_argument("--name", default="base")
-    parser.add_argument("--out", type=Path, default=Path(".pocket/checkpoints"))
-    parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0 leaves torch's choice")
-    parser.add_argument("--evaluations", type=int, default=0, help="dev evaluations along the way")
     options = parser.parse_args(argv)
 
     import torch

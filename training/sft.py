@@ -6,9 +6,7 @@ mistakes that some traces begin with are context.  The traces appear with and wi
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
-from pathlib import Path
 
 from pytest_pocket.registry import Registry
 from pytest_pocket.training import checkpoint, data, fit, recipe
@@ -18,16 +16,11 @@ from pytest_pocket.training.pretrain import facts
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Fine-tune a model on traces."""
-    parser = argparse.ArgumentParser(prog="pocket train sft", description=__doc__)
-    parser.add_argument("--recipe", default="tiny")
+    parser = fit.arguments("sft", __doc__)
     parser.add_argument(
         "--from", dest="parent", default="base", help="a registered model or a checkpoint directory"
     )
-    parser.add_argument("--traces", type=Path, default=Path(".pocket/data/traces.jsonl"))
     parser.add_argument("--name", required=True)
-    parser.add_argument("--out", type=Path, default=Path(".pocket/checkpoints"))
-    parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0 leaves torch's choice")
-    parser.add_argument("--evaluations", type=int, default=0, help="dev evaluations along the way")
     options = parser.parse_args(argv)
 
     import torch
