@@ -29,6 +29,8 @@ _MARK = re.compile(r"<think>|</think>|<tool_call>|<function=")
 _FUNCTION = re.compile(r"<function=([^<>\n]+)>")
 _PARAMETER = re.compile(r"<parameter=([^<>\n]+)>\n?(.*?)\n?</parameter>", re.DOTALL)
 _SPACE = re.compile(r"\s*")
+MAX_DEPTH = 32
+"""Levels of lists and objects in a call's arguments: far deeper, Python can no longer print them."""
 
 
 @dataclass(frozen=True)
@@ -104,6 +106,8 @@ def _split_calls(text: str, schemas: Sequence[Mapping[str, Any]]) -> tuple[str, 
         if not starts:
             break
         call, position = _read_call(text, min(starts), schemas)
+        if _depth(call.arguments) > MAX_DEPTH:
+            raise _Malformed(f"the arguments of {call.name} are nested more than {MAX_DEPTH} levels deep")
         calls.append(call)
     if "</tool_call>" in "".join(outside):
         raise _Malformed("</tool_call> without a <tool_call> before it")
@@ -163,6 +167,15 @@ def _read_xml(text: str, start: int, schemas: Sequence[Mapping[str, Any]]) -> tu
     if text.startswith("<parameter=", position):
         raise _Malformed(f"a parameter of {name} is not closed: </parameter> is missing after its value")
     raise _Malformed(f"the call of {name} is not closed: </function> is missing after its parameters")
+
+
+def _depth(value: object) -> int:
+    """The levels of nesting, counted without recursion."""
+    depth, level = 0, [value]
+    while level := [each for each in level if isinstance(each, dict | list)]:
+        depth += 1
+        level = [inner for each in level for inner in (each.values() if isinstance(each, dict) else each)]
+    return depth
 
 
 def _skip_space(text: str, position: int) -> int:

@@ -123,6 +123,14 @@ def test_deep_nesting_is_malformed_and_does_not_raise(nest: str) -> None:
     assert parse(reply, thinking_open=False, schemas=TOOLS).malformed
 
 
+def test_arguments_too_deep_to_print_are_malformed() -> None:
+    deep = '{"a": ' * 33 + "1" + "}" * 33
+    reply = f'<tool_call>{{"name": "Use", "arguments": {deep}}}</tool_call>'
+    assert "nested" in parse(reply, thinking_open=False, schemas=TOOLS).malformed
+    shallow = f'<tool_call>{{"name": "Use", "arguments": {deep[6:-1]}}}</tool_call>'
+    assert parse(shallow, thinking_open=False, schemas=TOOLS).calls
+
+
 @settings(deadline=None)
 @given(plain, plain, st.lists(calls, max_size=3), st.booleans())
 def test_what_the_template_writes_is_read_back(

@@ -66,9 +66,18 @@ def save(
 
 
 def commit() -> str:
-    """The commit of the checkout that this code runs from, or "unknown"."""
+    """The commit of the checkout that this code runs from, "-dirty" behind it if changed; or "unknown"."""
     found = subprocess.run(
-        ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"],
+        [
+            "git",
+            "-C",
+            str(Path(__file__).parent),
+            "describe",
+            "--always",
+            "--dirty",
+            "--exclude=*",
+            "--abbrev=40",
+        ],
         capture_output=True,
         text=True,
         check=False,

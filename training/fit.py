@@ -38,10 +38,18 @@ class TrainingError(RuntimeError):
 
 @dataclass(frozen=True)
 class Rendered:
-    """One text to learn from: a trace under a condition, or plain source."""
+    """One text to learn from: a trace under a condition, plain source, or copies.
+
+    ``prompt`` names the condition of a trace: texts of one prompt begin alike.
+    """
 
     ids: list[int]
     targets: list[int]
+    prompt: str = ""
+
+    def opening(self) -> list[int]:
+        """The tokens before the first target."""
+        return self.ids[: self.targets.index(1)]
 
 
 def render(tokenizer: Any, trace: Trace, prompt: str, think: bool, *, everything: bool) -> Rendered:
@@ -60,12 +68,12 @@ def render(tokenizer: Any, trace: Trace, prompt: str, think: bool, *, everything
     )
     ids, mask = list(encoded["input_ids"]), list(encoded["assistant_masks"])
     if everything:
-        return Rendered(ids, [1] * len(ids))
+        return Rendered(ids, [1] * len(ids), prompt)
     if sum(mask) == 0:
         raise TrainingError(
             "the chat template marks no assistant tokens: it needs {% generation %} around them"
         )
-    return Rendered(ids, _weigh(mask, trace.weights))
+    return Rendered(ids, _weigh(mask, trace.weights), prompt)
 
 
 def _weigh(mask: list[int], weights: Sequence[float]) -> list[int]:
@@ -95,22 +103,32 @@ def stream(
                 yield Rendered(ids, [1] * len(ids))
 
 
-def copies(tokenizer: Any, seed: int) -> Iterator[Rendered]:
-    """Random names and digits, then a part of them again, without end: only the repetition is learned.
+def copies(tokenizer: Any, seed: int, whole: int = 0) -> Iterator[Rendered]:
+    """Random words and numbers, then all or a part of them again, without end: only repetitions are learned.
 
-    Copying is the first skill of an agent, and in traces too rare to emerge early: with these in the mixture
-    a tiny model learned it within a million tokens, without them not in three.
+    Copying is the first skill of an agent, and in traces too rare to emerge early.  Eight words repeated whole,
+    three times over, as the first ``whole`` tokens are, taught it within 200,000 tokens; a repeated part took a
+    million, and traces alone more than three.  Half of the words are any of the vocabulary, for a token that is
+    never a target comes to be one that is never said.
     """
     choice = random.Random(seed)
-    pieces = [*NOUNS, *(60 * "0123456789")]
+    vocabulary = sorted(token for token in tokenizer.get_vocab() if token.isascii() and token.isalnum())
     joints = list("/._-: `\n")
 
     def encode(text: str) -> list[int]:
         return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
+    def piece() -> str:
+        return choice.choice(NOUNS if choice.random() < 0.5 else vocabulary)
+
     while True:
-        before = "".join(choice.choice(pieces) + " " for _ in range(choice.randint(0, 20)))
-        parts = [choice.choice(pieces) + choice.choice([*joints, "", ""]) for _ in range(24)]
+        parts = [piece() + choice.choice([*joints, "", ""]) for _ in range(24)]
+        if whole > 0 or choice.random() < 0.5:
+            first = encode("".join(parts[: 8 if whole > 0 else choice.randint(4, 10)]) + "\n")
+            whole -= 4 * len(first)
+            yield Rendered(4 * first, [0] * (len(first) + 1) + [1] * (3 * len(first) - 1))
+            continue
+        before = "".join(piece() + " " for _ in range(choice.randint(0, 20)))
         start = choice.randint(0, 12)
         again = parts[start : start + choice.randint(4, 12)]
         first, second = encode(before + "".join(parts) + "\n"), encode("".join(again))
@@ -118,29 +136,40 @@ def copies(tokenizer: Any, seed: int) -> Iterator[Rendered]:
 
 
 def batches(examples: Iterator[Rendered], tokens: int, window: int = 64) -> Iterator[list[Rendered]]:
-    """Batches of at most ``tokens`` tokens, padding included, made of examples of like length."""
+    """Batches of at most ``tokens`` tokens, made of examples of like length and, if they can be, like opening.
+
+    Padding counts, and a common opening counts once: ``next_token_loss`` computes it once.
+    """
+    order = random.Random(tokens)
     while True:
-        pool = sorted((next(examples) for _ in range(window)), key=lambda example: len(example.ids))
+        pool = sorted(
+            (next(examples) for _ in range(window)), key=lambda example: (example.prompt, len(example.ids))
+        )
         made: list[list[Rendered]] = [[]]
         for example in pool:
-            if made[-1] and len(example.ids) * (len(made[-1]) + 1) > tokens:
-                made.append([])
+            if made[-1]:
+                shared = len(os.path.commonprefix([made[-1][0].opening(), example.opening()]))
+                width = max(len(example.ids), len(made[-1][-1].ids)) - shared
+                if shared + width * (len(made[-1]) + 1) > tokens:
+                    made.append([])
             made[-1].append(example)
-        random.Random(len(pool[0].ids)).shuffle(made)
+        order.shuffle(made)
         yield from made
 
 
 def steps(
     tokenizer: Any, traces: Sequence[Trace], plain: Sequence[str], fit: Fit, *, everything: bool
 ) -> Iterator[tuple[list[Rendered], ...]]:
-    """The batches of each step: one of traces and, until ``copy_tokens`` are seen, one of copies."""
-    shown = batches(stream(tokenizer, traces, plain, fit, everything=everything), fit.batch_tokens)
-    copied = batches(copies(tokenizer, fit.seed), fit.batch_tokens)
+    """The batches of each step: copies alone for ``copies_alone`` tokens, then traces with a share of copies."""
+    copied = batches(copies(tokenizer, fit.seed, fit.copies_alone // 2), fit.batch_tokens)
     seen = 0
-    while True:
-        step = (next(shown), next(copied)) if seen < fit.copy_tokens else (next(shown),)
-        seen += sum(len(example.ids) for batch in step for example in batch)
-        yield step
+    while seen < fit.copies_alone:
+        batch = next(copied)
+        seen += sum(len(example.ids) for example in batch)
+        yield (batch,)
+    choice = random.Random(fit.seed)
+    for batch in batches(stream(tokenizer, traces, plain, fit, everything=everything), fit.batch_tokens):
+        yield (batch, next(copied)) if choice.random() < fit.copies else (batch,)
 
 
 def _optimizers(model: Any, fit: Fit) -> list[Any]:
@@ -164,20 +193,19 @@ def schedule(done: float) -> float:
     return min(1.0, (done + 1e-3) / WARMUP, max(0.02, (1.0 - done) / DECAY))
 
 
-def _tensors(batch: list[Rendered]) -> tuple[Any, Any, Any]:
+def _tensors(batch: list[Rendered]) -> tuple[Any, Any]:
+    """Token ids and labels, each of shape [rows, width], padded on the right: causal attention needs no mask."""
     import torch
 
     width = max(len(example.ids) for example in batch)
     ids = torch.zeros(len(batch), width, dtype=torch.long)
     labels = torch.full_like(ids, IGNORED)
-    mask = torch.zeros_like(ids)
     for row, example in enumerate(batch):
         length = len(example.ids)
         ids[row, :length] = torch.tensor(example.ids)
-        mask[row, :length] = 1
         targets = torch.tensor(example.targets, dtype=torch.bool)
         labels[row, :length][targets] = ids[row, :length][targets]
-    return ids, mask, labels
+    return ids, labels
 
 
 def arguments(stage: str, description: str | None) -> argparse.ArgumentParser:
@@ -191,14 +219,24 @@ def arguments(stage: str, description: str | None) -> argparse.ArgumentParser:
     return parser
 
 
-def next_token_loss(model: Any, ids: Any, mask: Any, labels: Any) -> Any:
-    """The mean cross-entropy of the targets, from shapes [rows, width].
+def next_token_loss(model: Any, ids: Any, labels: Any) -> Any:
+    """The mean cross-entropy of the targets, from shapes [rows, width], padded on the right.
 
-    Only the targets' hidden states reach the output layer: in SFT three quarters of its work would be for nothing.
+    What all rows begin with (system prompt and tools: half of a trace) is computed once, and only the targets'
+    hidden states reach the output layer.
     """
     import torch
 
-    hidden = model.get_decoder()(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+    decoder = model.get_decoder()
+    alike = (ids == ids[:1]).all(0) & (labels == IGNORED).all(0)
+    # One less: the first target is predicted from the token before it, which must be among the rows' own.
+    shared = int(alike.cumprod(0).sum()) - 1
+    cache = None
+    if len(ids) > 1 and shared > 0:
+        cache = decoder(input_ids=ids[:1, :shared], use_cache=True).past_key_values
+        cache.batch_repeat_interleave(len(ids))
+        ids, labels = ids[:, shared:], labels[:, shared:]
+    hidden = decoder(input_ids=ids, past_key_values=cache, use_cache=cache is not None).last_hidden_state
     wanted = labels[:, 1:] != IGNORED
     logits = model.get_output_embeddings()(hidden[:, :-1][wanted])
     return torch.nn.functional.cross_entropy(logits.float(), labels[:, 1:][wanted])
@@ -257,11 +295,11 @@ def fit_model(
         losses = []
         before = seen
         for batch in next(batches_of_steps):
-            ids, mask, labels = (tensor.to(device) for tensor in _tensors(batch))
-            loss = next_token_loss(model, ids, mask, labels)
+            ids, labels = (tensor.to(device) for tensor in _tensors(batch))
+            loss = next_token_loss(model, ids, labels)
             loss.backward()
             losses.append(loss.item())
-            seen += int(mask.sum())
+            seen += sum(len(example.ids) for example in batch)
         if not all(map(math.isfinite, losses)):
             raise TrainingError(
                 f"the loss is {losses} at step {steps}: lower the learning rates; last state: {state}"

@@ -31,13 +31,14 @@ class Data:
 @dataclass(frozen=True)
 class Fit:
     """One stage.  ``prompts`` weighs the conditions of the traces, ``think`` is the share with thinking,
-    ``text_share`` that of plain source text among them; the first ``copy_tokens`` of the ``tokens`` seen in all
-    have as many random names to copy among them as traces."""
+    ``text_share`` that of plain source text among them.  The first ``copies_alone`` of the ``tokens`` are random
+    names to copy; then a share ``copies`` of the steps has a batch of them beside that of traces."""
 
     prompts: Mapping[str, float]
     think: float
     text_share: float
-    copy_tokens: int
+    copies_alone: int
+    copies: float
     tokens: int
     batch_tokens: int
     muon_lr: float
