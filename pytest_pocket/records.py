@@ -207,7 +207,7 @@ def describe(
         "seed": seed,
         "tools_sha256": tools_hash(),
         "models": {model.name: _model(model) for model in models},
-        "git": _git(directory or Path.cwd()),
+        "git": git(directory or Path.cwd()),
         "versions": {"pytest-pocket": __version__, "python": platform.python_version(), **_versions()},
         "hardware": _hardware(),
     }
@@ -313,7 +313,7 @@ def _portable(target: str) -> str:
     return Path(target).name if Path(target).is_absolute() else target
 
 
-def _git(directory: Path) -> dict[str, Any]:
+def git(directory: Path) -> dict[str, Any]:
     """The commit of the project, and whether the working tree differs from it; empty outside a repository."""
 
     def ask(*words: str) -> str:

@@ -7,7 +7,6 @@ import json
 import os
 import platform
 import shutil
-import subprocess
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -15,6 +14,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from pytest_pocket import records
 from pytest_pocket.registry import MANIFEST, file_hash, sha256_json, tools_hash
 from pytest_pocket.task import SUITE_VERSION
 from pytest_pocket.training.recipe import Fit, Recipe
@@ -51,7 +51,7 @@ def save(
         "template_sha256": file_hash(partial / "chat_template.jinja"),
         "files": {path.name: file_hash(path) for path in sorted(partial.iterdir())},
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "commit": commit(),
+        **records.git(Path(__file__).parent),
         "made": time.strftime("%Y-%m-%d", time.gmtime()),
         "hardware": f"{platform.machine()}, {os.cpu_count()} cores",
         "versions": {package: version(package) for package in ("torch", "transformers", "tokenizers")},
@@ -63,26 +63,6 @@ def save(
         path.chmod(0o644)
     shutil.rmtree(directory, ignore_errors=True)
     os.replace(partial, directory)
-
-
-def commit() -> str:
-    """The commit of the checkout that this code runs from, "-dirty" behind it if changed; or "unknown"."""
-    found = subprocess.run(
-        [
-            "git",
-            "-C",
-            str(Path(__file__).parent),
-            "describe",
-            "--always",
-            "--dirty",
-            "--exclude=*",
-            "--abbrev=40",
-        ],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    return found.stdout.strip() or "unknown"
 
 
 def recipe_hash(recipe: Recipe, stage: Fit) -> str:

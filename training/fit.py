@@ -148,7 +148,8 @@ def batches(examples: Iterator[Rendered], tokens: int, window: int = 64) -> Iter
         made: list[list[Rendered]] = [[]]
         for example in pool:
             if made[-1]:
-                shared = len(os.path.commonprefix([made[-1][0].opening(), example.opening()]))
+                alike = os.path.commonprefix([made[-1][0].opening(), example.opening()])  # noqa: RUF071 - of lists
+                shared = len(alike)
                 width = max(len(example.ids), len(made[-1][-1].ids)) - shared
                 if shared + width * (len(made[-1]) + 1) > tokens:
                     made.append([])
