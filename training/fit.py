@@ -128,10 +128,12 @@ def copies(tokenizer: Any, seed: int, whole: int = 0) -> Iterator[Rendered]:
             whole -= 4 * len(first)
             yield Rendered(4 * first, [0] * (len(first) + 1) + [1] * (3 * len(first) - 1))
             continue
-        before = "".join(piece() + " " for _ in range(choice.randint(0, 20)))
+        filler = [piece() + " " for _ in range(choice.randint(0, 40))]
+        place = choice.randint(0, len(filler))
+        text = [*filler[:place], *parts, "\n", *filler[place:], "\n"]
         start = choice.randint(0, 12)
         again = parts[start : start + choice.randint(4, 12)]
-        first, second = encode(before + "".join(parts) + "\n"), encode("".join(again))
+        first, second = encode("".join(text)), encode("".join(again))
         yield Rendered(first + second, [0] * (len(first) + 1) + [1] * (len(second) - 1))
 
 
