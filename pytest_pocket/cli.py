@@ -10,6 +10,7 @@ import json
 import shutil
 import sys
 from collections.abc import Iterator, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -72,12 +73,9 @@ def show(
     trace: Annotated[bool, typer.Option("--trace", help="Print the trajectories.")] = False,
 ) -> None:
     """Show the table of a run, or its trajectories."""
-    from pytest_pocket import records, report
+    from pytest_pocket import report
 
-    try:
-        _, found = records.load(run.parent if run.name == records.EPISODES else run)
-    except records.RecordsError as error:
-        _stop(error)
+    found = _load(run)
     try:
         chosen = [record for record in found if task in ("", record["task"])]
         if task and not chosen:
@@ -97,9 +95,8 @@ def _tables(rows: list[dict[str, str | int | float]]) -> str:
     from pytest_pocket import report
 
     width = shutil.get_terminal_size().columns
-    plain = not (sys.stdout.encoding or "").lower().startswith("utf")
     return "\n".join(
-        (report.render(rows, width, ascii_only=plain), report.tasks(rows, width, ascii_only=plain))
+        (report.render(rows, width, ascii_only=_plain()), report.tasks(rows, width, ascii_only=_plain()))
     )
 
 
@@ -148,6 +145,42 @@ def _indented(head: str, text: str) -> Iterator[str]:
         yield f"    {printable(line)}"
     if len(rest) >= RESULT_LINES:
         yield f"    [{len(rest) - RESULT_LINES + 1} more lines]"
+
+
+@app.command()
+def compare(
+    runs: Annotated[list[Path], typer.Argument(help="Run directories.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON: one object a comparison.")] = False,
+) -> None:
+    """Compare models, conditions or runs on the instances that they share, two by two."""
+    from pytest_pocket import comparison, report
+
+    loaded = {str(run): report.rows(_load(run)) for run in runs}
+    try:
+        pairs = comparison.pairings(comparison.together(loaded))
+    except comparison.ComparisonError as error:
+        _stop(error)
+    if not pairs:
+        _stop("nothing to compare: give runs of two models, or of one under two conditions")
+    if as_json:
+        typer.echo(json.dumps([asdict(pair) for pair in pairs], indent=2))
+    else:
+        typer.echo(report.compared(pairs, shutil.get_terminal_size().columns, ascii_only=_plain()))
+
+
+def _load(run: Path) -> list[dict[str, Any]]:
+    """The records of a run directory, or of its ``episodes.jsonl``."""
+    from pytest_pocket import records
+
+    try:
+        return records.load(run.parent if run.name == records.EPISODES else run)[1]
+    except records.RecordsError as error:
+        _stop(error)
+
+
+def _plain() -> bool:
+    """Whether the terminal takes ASCII only."""
+    return not (sys.stdout.encoding or "").lower().startswith("utf")
 
 
 @app.command(

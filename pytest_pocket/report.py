@@ -22,9 +22,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from pytest_pocket import statistics
+from pytest_pocket import comparison, statistics
+from pytest_pocket.comparison import reward, valid
 from pytest_pocket.conditions import SYSTEM_PROMPTS
-from pytest_pocket.episode import INVALID, Ending
+from pytest_pocket.episode import Ending
 from pytest_pocket.task_list import GROUPS
 
 Value = str | int | float
@@ -71,6 +72,31 @@ def markdown(rows: Sequence[Row]) -> str:
         "\n\n".join(map(_quoted, _notes(rows))),
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def compared(pairings: Sequence[comparison.Pairing], width: int, *, ascii_only: bool = False) -> str:
+    """The paired differences, and what may be concluded from each."""
+    grid = _Grid(
+        "second - first, ± 95% over tasks",
+        ["what", "first", "second", "with", "difference", "p", "n", ""],
+        left=4,
+    )
+    for pair in pairings:
+        words = [printable(value) for value in (pair.what, pair.first, pair.second)]
+        common = " ".join(printable(value) for value in pair.common.values() if value)
+        smallest = pair.result.smallest
+        verdict = "differs" if pair.separated else "no difference found"
+        if not pair.separated and smallest > 0:
+            verdict += f"\n(could see {smallest:.3f})"
+        if pair.dropped:
+            verdict += "\n{} invalid: {:+.3f} to {:+.3f}".format(pair.dropped, *pair.bounds)
+        estimate = _estimated(pair.result.difference, sign="+")
+        grid.lines.append([*words, common, estimate, f"{pair.p_holm:.4f}", str(pair.result.pairs), verdict])
+    note = (
+        f"p: sign-flip permutation over tasks, Holm-corrected for {len(pairings)} comparisons. A difference that "
+        '"could see" names would be found 4 times in 5; a smaller one needs more tasks.'
+    )
+    return "\n".join([_text_table(grid, width, ascii_only), textwrap.fill(note, max(width, 40)), ""])
 
 
 def rows(records: Iterable[Mapping[str, Any]]) -> list[dict[str, Value]]:
@@ -163,27 +189,26 @@ def _prompts(rows: Iterable[Row]) -> list[str]:
 
 
 def _valid(rows: Iterable[Row]) -> list[Row]:
-    return [row for row in rows if row["outcome"] not in INVALID]
-
-
-def _reward(row: Row) -> float:
-    return float(row["reward"])
+    return list(filter(valid, rows))
 
 
 def _passed(row: Row) -> float:
     return float(row["outcome"] == "passed")
 
 
-METRICS: tuple[tuple[str, Callable[[Row], float]], ...] = (("reward", _reward), ("pass@1", _passed))
+METRICS: tuple[tuple[str, Callable[[Row], float]], ...] = (("reward", reward), ("pass@1", _passed))
 
 
 def _scores(rows: Sequence[Row]) -> _Grid:
     prompts = _prompts(rows)
     gap = set(GAP) <= set(prompts)
     named = [printable(prompt) for prompt in prompts]
-    head = ["model", "", *named, *(["full - raw"] if gap else []), "n", "invalid"]
+    subjects = _subjects(rows)
+    ranks = comparison.ranks(subjects) if len(subjects) > 1 else {}
+    places = ["rank"] if ranks else []
+    head = ["model", "", *named, *(["full - raw"] if gap else []), *places, "n", "invalid"]
     grid = _Grid("mean reward and pass@1, ± 95% over tasks", head, left=2)
-    for (model, asked), mine in _subjects(rows).items():
+    for (model, asked), mine in subjects.items():
         columns = []
         for prompt in prompts:
             part = _valid(row for row in mine if row["prompt"] == prompt)
@@ -192,7 +217,8 @@ def _scores(rows: Sequence[Row]) -> _Grid:
             columns.append("\n".join(_estimated(_gap(mine, metric), sign="+") for _, metric in METRICS))
         invalid = len(mine) - len(_valid(mine))
         names = "\n".join(name for name, _ in METRICS)
-        grid.lines.append([f"{model}\n{asked}", names, *columns, str(len(mine)), str(invalid)])
+        place = [str(ranks[model, asked] or "-")] if ranks else []
+        grid.lines.append([f"{model}\n{asked}", names, *columns, *place, str(len(mine)), str(invalid)])
     return grid
 
 
@@ -208,7 +234,7 @@ def _gap(rows: Iterable[Row], metric: Callable[[Row], float]) -> statistics.Esti
     sides: dict[str, dict[tuple[str, object], float]] = {prompt: {} for prompt in GAP}
     for row in _valid(rows):
         if row["prompt"] in GAP:
-            sides[str(row["prompt"])][str(row["task"]), (row["run"], row["sample"])] = metric(row)
+            sides[str(row["prompt"])][comparison.instance(row)] = metric(row)
     return statistics.paired(*sides.values())
 
 
@@ -261,7 +287,7 @@ def _notes(rows: Sequence[Row]) -> list[str]:
 
 
 def _smallest_differences(rows: Sequence[Row]) -> list[float]:
-    gaps = [_gap(mine, _reward) for mine in _subjects(rows).values()]
+    gaps = [_gap(mine, reward) for mine in _subjects(rows).values()]
     return [smallest for gap in gaps if gap and (smallest := statistics.smallest_difference(gap)) > 0]
 
 
@@ -280,7 +306,7 @@ def _by_task(rows: Sequence[Row]) -> _Grid:
         for name, wanted in (("seen", False), ("unseen", True)):
             parts = [[row for row in mine if bool(row.get("unseen")) is wanted] for _, mine in columns]
             grid.lines.append(
-                ["all", f"{name} kinds", *(_estimated(_mean(_valid(part), _reward)) for part in parts)]
+                ["all", f"{name} kinds", *(_estimated(_mean(_valid(part), reward)) for part in parts)]
             )
     return grid
 
@@ -291,7 +317,7 @@ def _place(task: tuple[str, str]) -> tuple[int, str, str]:
 
 
 def _plain_mean(rows: Iterable[Row]) -> str:
-    rewards = [_reward(row) for row in _valid(rows)]
+    rewards = [reward(row) for row in _valid(rows)]
     return f"{sum(rewards) / len(rewards):.2f}" if rewards else "-"
 
 

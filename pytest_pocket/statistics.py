@@ -21,6 +21,8 @@ from scipy import special
 
 CONFIDENCE = 0.95
 POWER = 0.8
+RESAMPLES = 9999
+"""Random flips of the permutation test, and resamples of the bootstrap."""
 INVALID_SHARE = 0.02
 """Above this share of invalid episodes no ranking is made."""
 
@@ -118,6 +120,70 @@ def smallest_difference(estimate: Estimate) -> float:
         return math.nan
     quantiles = special.stdtrit(estimate.freedom, np.array([(1 + CONFIDENCE) / 2, POWER]))
     return float(quantiles.sum()) * estimate.error
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two models, or two conditions, on the same instances: ``second`` - ``first``.
+
+    ``bootstrap`` is the 95% BCa bootstrap interval over tasks, beside Student's of ``difference``.  ``p`` is
+    that of the two-sided permutation test.
+    """
+
+    difference: Estimate
+    bootstrap: tuple[float, float]
+    p: float
+    pairs: int
+
+    @property
+    def smallest(self) -> float:
+        """The smallest true difference that such a comparison finds 4 times in 5."""
+        return smallest_difference(self.difference)
+
+
+def compare(
+    first: Mapping[tuple[str, object], float],
+    second: Mapping[tuple[str, object], float],
+    resamples: int = RESAMPLES,
+) -> Comparison | None:
+    """Compare over the pairs that both have, clustered by task.  Keys as in :func:`paired`.  None without a pair.
+
+    The permutation test flips the signs of the tasks' mean differences: under the null hypothesis that the two
+    are alike on every task, first and second could change places task by task.  Exact up to 13 tasks, else
+    ``resamples`` random flips, the same at every call.
+    """
+    found = paired(first, second)
+    if found is None:
+        return None
+    from scipy import stats
+
+    groups: dict[str, list[float]] = {}
+    for key in sorted(first.keys() & second.keys(), key=repr):
+        groups.setdefault(key[0], []).append(second[key] - first[key])
+    means = np.array([sum(group) / len(group) for group in groups.values()])
+    pairs = sum(map(len, groups.values()))
+    if np.ptp(means) < 1e-12:
+        # A single value has no bootstrap; of n equal signs the test is known: 2 of 2**n flips are as far out.
+        p = 1.0 if abs(means[0]) < 1e-12 else 2.0 ** (1 - len(means))
+        return Comparison(found, (found.low, found.high), p, pairs)
+    random = np.random.default_rng(0)
+    test = stats.permutation_test(
+        (means,), np.mean, permutation_type="samples", vectorized=True, n_resamples=resamples, rng=random
+    )
+    ends = stats.bootstrap(
+        (means,), np.mean, vectorized=True, n_resamples=resamples, confidence_level=CONFIDENCE, rng=random
+    ).confidence_interval
+    return Comparison(found, (float(ends.low), float(ends.high)), float(test.pvalue), pairs)
+
+
+def holm(values: Sequence[float]) -> list[float]:
+    """p values corrected for their number, in the order given.  Holm 1979, Scandinavian Journal of Statistics 6."""
+    corrected = [1.0] * len(values)
+    largest = 0.0
+    for place, index in enumerate(sorted(range(len(values)), key=values.__getitem__)):
+        largest = max(largest, min(1.0, values[index] * (len(values) - place)))
+        corrected[index] = largest
+    return corrected
 
 
 def pass_at_k(samples: int, passes: int, k: int) -> float:

@@ -66,14 +66,14 @@ def test_the_interval_covers_the_mean_of_tasks_in_general() -> None:
     # Task means from Beta(2, 1), whose mean is 2/3; 6 episodes a task pass or not.
     random = np.random.default_rng(1)
     hits = 0
-    for _ in range(1000):
+    for _ in range(10_000):
         chances = random.beta(2, 1, size=19)
         values = {
             str(task): list(random.binomial(1, p, size=6).astype(float)) for task, p in enumerate(chances)
         }
         estimate = statistics.mean(values)
         hits += estimate.low <= 2 / 3 <= estimate.high
-    assert 0.93 <= hits / 1000 <= 0.97
+    assert 0.93 <= hits / 10_000 <= 0.97
 
 
 def test_a_pair_with_a_missing_side_is_dropped() -> None:
@@ -108,3 +108,78 @@ def test_pass_at_k_needs_k_samples() -> None:
 
 def test_wilson_interval_of_a_textbook_case() -> None:
     assert statistics.wilson(9, 10) == pytest.approx((0.5958, 0.9821), abs=1e-4)
+
+
+def paired_sides(differences: dict[str, list[float]]) -> tuple[dict[tuple[str, object], float], ...]:
+    """Two sides with these differences, instance by instance."""
+    first = {(task, index): 0.0 for task, values in differences.items() for index in range(len(values))}
+    return first, {(task, index): differences[task][index] for task, index in first}  # type: ignore[index]
+
+
+def test_the_permutation_test_counts_the_flips_that_are_as_far_out() -> None:
+    # Task means 0.1, 0.2, 0.6: of 8 sign flips only +++ and --- reach |0.9|; -++ gives 0.7.
+    result = statistics.compare(*paired_sides({"a": [0.1], "b": [0.1, 0.3], "c": [0.6]}))
+    assert result is not None
+    assert result.p == pytest.approx(2 / 8)
+    assert result.pairs == 4
+    assert result.difference.value == pytest.approx(0.3)
+    assert 0.1 <= result.bootstrap[0] <= 0.3 <= result.bootstrap[1] <= 0.6
+
+
+@pytest.mark.parametrize(("difference", "p"), [(0.0, 1.0), (0.5, 2 / 2**4)])
+def test_equal_differences_have_a_known_p_and_an_interval(difference: float, p: float) -> None:
+    result = statistics.compare(*paired_sides({task: [difference] * 2 for task in "abcd"}))
+    assert result is not None
+    assert result.p == p
+    assert result.bootstrap[0] < difference < result.bootstrap[1]
+
+
+def test_nothing_in_common_is_no_comparison() -> None:
+    assert statistics.compare({("a", 1): 1.0}, {("a", 2): 1.0}) is None
+
+
+def test_the_paired_test_finds_a_difference_where_there_is_none_at_most_6_times_in_100() -> None:
+    # Both models pass with the same chance on each of 19 tasks, 3 instances a task.
+    random = np.random.default_rng(3)
+    wrong = 0
+    for _ in range(1000):
+        chances = random.beta(2, 1, size=19)
+        first, second = (
+            {(str(t), i): float(random.random() < p) for t, p in enumerate(chances) for i in range(3)}
+            for _ in "12"
+        )
+        result = statistics.compare(first, second, resamples=499)
+        assert result is not None
+        wrong += result.p < 0.05
+    assert wrong / 1000 <= 0.06
+
+
+@settings(deadline=None, max_examples=30)
+@given(
+    st.dictionaries(
+        st.sampled_from("abcdefgh"),
+        st.lists(st.sampled_from([-1.0, 0.0, 0.5, 1.0]), min_size=1, max_size=3),
+        min_size=1,
+    )
+)
+def test_changing_the_sides_changes_the_sign_alone(differences: dict[str, list[float]]) -> None:
+    first, second = paired_sides(differences)
+    one, other = statistics.compare(first, second), statistics.compare(second, first)
+    assert one is not None
+    assert other is not None
+    assert one.difference.value == pytest.approx(-other.difference.value)
+    assert one.p == pytest.approx(other.p)
+
+
+def test_holm_by_hand() -> None:
+    # Sorted 0.01 0.03 0.04, times 3 2 1: 0.03 0.06 0.04, and none below the one before it.
+    assert statistics.holm([0.04, 0.01, 0.03]) == pytest.approx([0.06, 0.03, 0.06])
+    assert statistics.holm([]) == []
+
+
+@given(st.lists(st.floats(0, 1), max_size=8))
+def test_holm_never_makes_a_p_value_smaller_and_keeps_the_order(values: list[float]) -> None:
+    corrected = statistics.holm(values)
+    assert all(value <= after <= 1 for value, after in zip(values, corrected, strict=True))
+    pairs = sorted(zip(values, corrected, strict=True))
+    assert [after for _, after in pairs] == sorted(corrected)

@@ -63,6 +63,13 @@ ACCOUNTS = {
     "/etc/passwd": "root:x:0:0::/root:/bin/bash\npocket:x:1000:1000::/workspace:/bin/bash\n",
     "/etc/group": "root:x:0:\npocket:x:1000:\n",
 }
+DEVICE_LINKS = {
+    "fd": "/proc/self/fd",
+    "stdin": "/proc/self/fd/0",
+    "stdout": "/proc/self/fd/1",
+    "stderr": "/proc/self/fd/2",
+    "shm": "/tmp",
+}
 INFO, SECCOMP = "--info-fd", "--seccomp"
 NOBODY = 65534
 START_SECONDS = 20.0
@@ -97,7 +104,13 @@ def _arguments() -> tuple[str, ...]:
             words += ["--ro-bind", path, path]
     for path in ("/etc/alternatives", "/etc/ld.so.cache"):
         words += ["--ro-bind-try", path, path]
-    return (*words, "--proc", "/proc", "--dev", "/dev", "--size", str(2**24), "--tmpfs", "/dev/shm")
+    words += ["--proc", "/proc"]
+    # bwrap's own --dev would add terminals, a second file system and a third for shared memory.
+    for name in ("null", "zero", "full", "random", "urandom"):
+        words += ["--dev-bind", f"/dev/{name}", f"/dev/{name}"]
+    for name, target in DEVICE_LINKS.items():
+        words += ["--symlink", target, f"/dev/{name}"]
+    return tuple(words)
 
 
 def _program(name: str) -> str:
@@ -229,12 +242,12 @@ class BubblewrapSandbox:
                 words += [path, str(descriptor)]
             else:
                 words += ["--perms", "0755" if path in scripts else "0644", "--file", str(descriptor), path]
-        words += ["--remount-ro", "/dev", "--remount-ro", "/", "--chdir", "/workspace"]
+        words += ["--remount-ro", "/", "--chdir", "/workspace"]
         words += ["/run/agent", "--norc", "--noprofile", "-c", AGENT.format(limits=self._ulimits()), "bash"]
         if os.geteuid() == 0:
             # The kernel does not limit the processes of root, and root cannot write to the sandbox's tmpfs.
-            identity = [f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups"]
-            words = [_program("setpriv"), *identity, *words]
+            identity = [f"--userspec=+{NOBODY}:+{NOBODY}", "--groups=", "/"]
+            words = [_program("chroot"), *identity, *words]
         return words
 
     def _await_ready(self) -> None:
@@ -416,8 +429,8 @@ class BubblewrapProvider:
             raise SandboxUnavailable(
                 "bwrap is not installed: `apt install bubblewrap`, or use --pocket-sandbox=docker"
             )
-        if os.geteuid() == 0 and shutil.which("setpriv") is None:
-            raise SandboxUnavailable("setpriv, which root needs, is not installed: `apt install util-linux`")
+        if os.geteuid() == 0 and shutil.which("chroot") is None:
+            raise SandboxUnavailable("chroot, which root needs, is not found: `apt install coreutils`")
         try:
             sandbox = self.open({"probe": "ok\n"})
         except SandboxError as error:
