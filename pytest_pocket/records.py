@@ -176,7 +176,7 @@ def record(
         ],
         "answer": episode.answer,
         "messages": [message.to_dict() for message in episode.messages],
-        "replies": [_reply(reply) for reply in episode.replies],
+        "replies": _replies(episode.replies),
         "files": _files(episode.after),
         "started": started.isoformat(timespec="milliseconds"),
         "seconds": round(episode.seconds, 6),
@@ -257,19 +257,39 @@ def _plain(value: Any, depth: int = 0) -> Any:
     return str(value)
 
 
-def _reply(reply: ChatReply) -> dict[str, Any]:
-    data: dict[str, Any] = {
-        "prompt_tokens": reply.prompt_tokens,
-        "completion_tokens": reply.completion_tokens,
-        "finish": reply.finish,
-        "malformed": reply.malformed,
-        "truncated": reply.truncated,
-        "logprob": reply.logprob,
-        "evidence": dict(reply.evidence),
-    }
-    if reply.completion_ids:
-        data |= {"prompt_ids": list(reply.prompt_ids), "completion_ids": list(reply.completion_ids)}
-    return data
+def token_ids(record: Mapping[str, Any]) -> list[tuple[list[int], list[int]]]:
+    """The prompt's and the completion's token ids of each reply, from engines that give them."""
+    found: list[tuple[list[int], list[int]]] = []
+    for reply in record["replies"]:
+        if "completion_ids" in reply:
+            before = [*found[-1][0], *found[-1][1]] if found else []
+            prompt = before[: reply["prompt_ids_shared"]] + reply["prompt_ids"]
+            found.append((prompt, reply["completion_ids"]))
+    return found
+
+
+def _replies(replies: Iterable[ChatReply]) -> list[dict[str, Any]]:
+    """What engines said of each reply.  Of a prompt's ids only those are kept that were not there a turn before."""
+    found = []
+    before: tuple[int, ...] = ()
+    for reply in replies:
+        data: dict[str, Any] = {
+            "prompt_tokens": reply.prompt_tokens,
+            "completion_tokens": reply.completion_tokens,
+            "finish": reply.finish,
+            "malformed": reply.malformed,
+            "truncated": reply.truncated,
+            "logprob": reply.logprob,
+            "evidence": dict(reply.evidence),
+        }
+        if reply.completion_ids:
+            shared = len(os.path.commonprefix([before, reply.prompt_ids]))  # noqa: RUF071 - of tuples
+            data["prompt_ids_shared"] = shared
+            data["prompt_ids"] = list(reply.prompt_ids[shared:])
+            data["completion_ids"] = list(reply.completion_ids)
+            before = reply.prompt_ids + reply.completion_ids
+        found.append(data)
+    return found
 
 
 def _files(states: Mapping[str, FileState]) -> dict[str, dict[str, Any]]:

@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -62,6 +63,23 @@ def test_a_run_reads_back_as_it_was_written(tmp_path: Path) -> None:
         1.0,
         True,
     )
+
+
+@given(
+    st.lists(
+        st.tuples(st.integers(0, 5), st.lists(st.integers(0, 3)), st.lists(st.integers(0, 3), min_size=1))
+    )
+)
+def test_token_ids_are_kept_whole(turns: list[tuple[int, list[int], list[int]]]) -> None:
+    # Most prompts go on from the turn before; some, as when a template rewrites history, share only a beginning.
+    replies: list[ChatReply] = []
+    for cut, new, completion in turns:
+        before = [*replies[-1].prompt_ids, *replies[-1].completion_ids] if replies else []
+        prompt = [*before[: len(before) - cut], *new]
+        replies.append(ChatReply("", prompt_ids=tuple(prompt), completion_ids=tuple(completion)))
+    episode = replace(ended(), replies=tuple(replies))
+    expected = [(list(reply.prompt_ids), list(reply.completion_ids)) for reply in replies]
+    assert records.token_ids(json.loads(json.dumps(recorded(episode)))) == expected
 
 
 def test_an_invalid_episode_has_no_reward() -> None:
