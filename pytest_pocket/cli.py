@@ -10,6 +10,7 @@ import json
 import shutil
 import sys
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
@@ -76,19 +77,26 @@ def show(
     from pytest_pocket import report
 
     found = _load(run)
-    try:
-        chosen = [record for record in found if task in ("", record["task"])]
-        if task and not chosen:
-            names = ", ".join(sorted({record["task"] for record in found})) or "none"
-            _stop(f"no episode of task {task!r} in {run}: it holds {names}")
+    chosen = [record for record in found if task in ("", record.get("task"))]
+    if task and not chosen:
+        names = ", ".join(sorted({str(record.get("task")) for record in found}))
+        _stop(f"no episode of task {task!r} in {run}: it holds {names}")
+    with _foreign_records(run):
         shown: str | list[Any] = chosen if trace else report.rows(chosen)
         if not as_json:
             shown = "\n".join(map(_trajectory, chosen)) if trace else _tables(report.rows(chosen))
+    typer.echo(shown if isinstance(shown, str) else json.dumps(shown, indent=2))
+
+
+@contextmanager
+def _foreign_records(run: Path) -> Iterator[None]:
+    """What a record lacks, in one line."""
+    try:
+        yield
     except (KeyError, TypeError, AttributeError) as error:
         _stop(
             f"a record in {run} is not of this version: {type(error).__name__}: {error}; update pytest-pocket"
         )
-    typer.echo(shown if isinstance(shown, str) else json.dumps(shown, indent=2))
 
 
 def _tables(rows: list[dict[str, str | int | float]]) -> str:
@@ -155,7 +163,10 @@ def compare(
     """Compare models, conditions or runs on the instances that they share, two by two."""
     from pytest_pocket import comparison, report
 
-    loaded = {str(run): report.rows(_load(run)) for run in runs}
+    loaded = {}
+    for run in runs:
+        with _foreign_records(run):
+            loaded[str(run)] = report.rows(_load(run))
     try:
         pairs = comparison.pairings(comparison.together(loaded))
     except comparison.ComparisonError as error:
@@ -173,9 +184,10 @@ def _load(run: Path) -> list[dict[str, Any]]:
     from pytest_pocket import records
 
     try:
-        return records.load(run.parent if run.name == records.EPISODES else run)[1]
+        found = records.load(run.parent if run.name == records.EPISODES else run)[1]
     except records.RecordsError as error:
         _stop(error)
+    return found or _stop(f"{run} holds no episodes: nothing has finished there")
 
 
 def _plain() -> bool:

@@ -441,4 +441,9 @@ def _object(path: Path, number: int, line: bytes) -> dict[str, Any]:
         raise RecordsError(f"line {number} of {path} is not JSON ({error}): mend or remove it") from None
     if not isinstance(value, dict):
         raise RecordsError(f"line {number} of {path} holds a {type(value).__name__}, no record: remove it")
+    schema = value.get("schema")
+    if isinstance(schema, int) and schema > SCHEMA:
+        raise RecordsError(
+            f"{path} is of schema {schema}, and this version reads up to {SCHEMA}: update pytest-pocket"
+        )
     return value

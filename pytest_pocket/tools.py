@@ -193,6 +193,7 @@ def _path(path: str) -> str:
     return shlex.quote(path if path.startswith("/") else f"./{path}")
 
 
+# A script ends with `exec` where it can: a process that is not forked costs nothing.
 # Statuses that the scripts below end with, out of the way of those of cat, mkdir and the like.
 _MISSING, _DIRECTORY, _NOT_A_FILE = 91, 92, 93
 _EXISTING_FILE = 'f={path}; [ -d "$f" ] && exit 92; [ -e "$f" ] || exit 91; [ -f "$f" ] || exit 93; '
@@ -217,9 +218,9 @@ def _read(sandbox: Sandbox, file_path: str, offset: int = 1, limit: int | None =
     script = _EXISTING_FILE.format(path=_path(file_path))
     first = max(offset, 1)
     if limit is not None:
-        script += f'sed -n {first},{first + max(limit, 1) - 1}p -- "$f"'
+        script += f'exec sed -n {first},{first + max(limit, 1) - 1}p -- "$f"'
     else:
-        script += f'tail -n +{first} -- "$f"' if first > 1 else 'cat -- "$f"'
+        script += f'exec tail -n +{first} -- "$f"' if first > 1 else 'exec cat -- "$f"'
     result = _script(sandbox, script)
     # Output beyond the sandbox's limit ends the call; what came before is worth showing.
     if not result.cut:
@@ -239,7 +240,7 @@ def _put(sandbox: Sandbox, path: str, content: str) -> None:
     script = f'f={_path(path)}; [ -d "$f" ] && exit 92; [ -e "$f" ] && [ ! -f "$f" ] && exit 93; '
     if "/" in path:
         script += 'mkdir -p -- "${f%/*}/" && '
-    _file_error(_script(sandbox, script + 'cat >"$f"', stdin=content.encode()), path)
+    _file_error(_script(sandbox, script + 'exec cat >"$f"', stdin=content.encode()), path)
 
 
 def _edit(
@@ -249,7 +250,7 @@ def _edit(
         raise _Wrong("old_string is empty; give the text to replace, or use Write")
     if old_string == new_string:
         raise _Wrong("old_string and new_string are the same")
-    result = _script(sandbox, _EXISTING_FILE.format(path=_path(file_path)) + 'cat -- "$f"')
+    result = _script(sandbox, _EXISTING_FILE.format(path=_path(file_path)) + 'exec cat -- "$f"')
     if result.cut:
         raise _Wrong(f"{file_path} is too large to edit; use Bash with sed")
     _file_error(result, file_path)
@@ -310,7 +311,7 @@ def _grep(
         words.append(shlex.quote(f"--include={glob.removeprefix('**/')}"))
     # From "." so that lines read "path:line:text"; a lone "--" keeps the pattern from being an option.
     where = _path(path) if path not in (".", "./") else "."
-    script = f"[ -e {where} ] || exit 91; {' '.join(words)} -e {shlex.quote(pattern)} -- {where}"
+    script = f"[ -e {where} ] || exit 91; exec {' '.join(words)} -e {shlex.quote(pattern)} -- {where}"
     result = _script(sandbox, script)
     if result.status == _MISSING:
         raise _Wrong(f"Path does not exist: {path}")

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner
@@ -130,11 +132,54 @@ def test_a_task_that_the_run_lacks_names_those_it_has(run: Path) -> None:
     assert "it holds list_files, read_value" in text
 
 
-def test_records_of_another_version_are_one_line(run: Path) -> None:
-    (run / records.EPISODES).write_text('{"task": "x"}\n')
-    status, text = pocket("show", str(run))
+@pytest.mark.parametrize("command", ["show", "compare"])
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ('{"task": "x"}\n', "not of this version"),
+        ('{"schema": 99}\n', "is of schema 99, and this version reads up to"),
+        ("", "holds no episodes"),
+        ("[]\n", "holds a list, no record"),
+        ("{\n", "is not JSON"),
+    ],
+)
+def test_records_that_cannot_be_read_are_one_line(command: str, line: str, said: str, run: Path) -> None:
+    (run / records.EPISODES).write_text(line)
+    status, text = pocket(command, str(run))
     assert status == 2
-    assert "not of this version" in text
+    assert said in text
+    assert text.count("\n") == 1
+
+
+def changed(run: Path, name: str, **changes: Any) -> Path:
+    """A copy of a run whose records have other values."""
+    info, found = records.load(run)
+    copy = records.start(run.parent / name, info)
+    for record in found:
+        copy.append({**record, **changes})
+    return copy.directory
+
+
+def test_compare_two_runs_by_model(run: Path) -> None:
+    other = changed(run, "other", model="big", reward=1.0)
+    status, text = pocket("compare", str(run), str(other))
+    assert status == 0
+    assert re.search(r"model\s+tiny\s+big\s+raw", text)
+    assert "+0.250" in text
+    assert "no difference found" in text
+    (pair,) = json.loads(pocket("compare", str(run), str(other), "--json")[1])
+    assert pair["result"]["difference"]["value"] == 0.25
+    assert pair["result"]["pairs"] == 2
+
+
+def test_compare_refuses_what_has_nothing_in_common(run: Path) -> None:
+    other = changed(run, "other", model="big", seed=8)
+    status, text = pocket("compare", str(run), str(other))
+    assert status == 2
+    assert "compare runs of the same split, seed and tasks" in text
+    status, text = pocket("compare", str(run))
+    assert status == 2
+    assert "nothing to compare" in text
 
 
 def test_train_passes_its_arguments_on(monkeypatch: pytest.MonkeyPatch) -> None:
