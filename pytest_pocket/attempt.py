@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from pytest_pocket import task_list
 from pytest_pocket.answers import normal
@@ -17,6 +19,7 @@ from pytest_pocket.chat import Backend, Cancelled
 from pytest_pocket.conditions import Condition
 from pytest_pocket.episode import Budget, Episode, Workshop, play
 from pytest_pocket.options import MAX_RUNS
+from pytest_pocket.records import CellKey, RecordsError, restore
 from pytest_pocket.task import SUITE_VERSION, Instance, Split, instance_seed
 
 Properties = dict[str, str | int | float]
@@ -42,6 +45,14 @@ class Cell:
         """The part of a test id between brackets: ``rlvr-v1-raw-think_off-t0-r01``, samples numbered from 1."""
         repeat = f"-s{self.sample + 1}" if self.samples > 1 else ""
         return f"{self.label or self.model}-{self.condition.slug}-r{self.run:02d}{repeat}"
+
+    @property
+    def key(self) -> CellKey:
+        """The cell as records name it."""
+        asked = self.condition
+        return (
+            self.task, self.model, asked.prompt, asked.think, asked.temperature, asked.best_of, self.run, self.sample,
+        )  # fmt: skip
 
     def instance(self, split: Split, seed: int) -> Instance:
         """The instance to attempt: the same for every model and condition, so that comparisons pair."""
@@ -106,6 +117,18 @@ def attempt(
             raise Cancelled
         episodes.append(episode)
     return Attempt(cell, tuple(episodes), choose(episodes))
+
+
+def kept(cell: Cell, found: Sequence[Mapping[str, Any]], split: Split, seed: int) -> Attempt:
+    """The attempt that a run already holds, from its records.  Raises RecordsError when it is not of this instance."""
+    instance = cell.instance(split, seed)
+    for record in found:
+        if record["seed"] != instance.seed:
+            raise RecordsError(
+                f"{cell.task} run {cell.run} was recorded with seed {record['seed']}, not {instance.seed}: start anew"
+            )
+    chosen = next(index for index, record in enumerate(found) if record["chosen"])
+    return Attempt(cell, tuple(restore(record, instance) for record in found), chosen)
 
 
 def choose(episodes: list[Episode]) -> int:

@@ -39,6 +39,7 @@ class Options:
     budget: Budget
     sandbox: str
     records: Path | None
+    resume: str
     fail_under: float | None
 
 
@@ -58,6 +59,7 @@ def read(get: Callable[[str], str]) -> Options:
         budget=_budget(get),
         sandbox=_choice("sandbox", get("sandbox") or "auto", ("auto", *PROVIDERS)),
         records=Path(directory) if (directory := get("records")) else None,
+        resume=_choice("resume", get("resume"), ("yes", "force")) if get("resume") else "",
         fail_under=_number("fail-under", value, 0.0, 1.0) if (value := get("fail_under")) else None,
     )
     if options.samples > 1 and any(condition.temperature == 0 for condition in options.conditions):
@@ -65,6 +67,8 @@ def read(get: Callable[[str], str]) -> Options:
             f"--pocket-samples {options.samples} at temperature 0 would repeat one attempt "
             f"{options.samples} times: set --pocket-temperature above 0"
         )
+    if options.resume and options.records is None:
+        raise OptionError("--pocket-resume needs --pocket-records DIR: the run to go on with")
     return options
 
 

@@ -41,6 +41,7 @@ OPTIONS = {
     "timeout": ("SECONDS", "how long an episode may take (default 120)"),
     "sandbox": ("NAME", "auto (default), bwrap, docker, podman, or none"),
     "records": ("DIR", "where the run is recorded (default .pocket/runs/TIME)"),
+    "resume": ("force", "go on with the run in --pocket-records: play only what is missing or invalid there"),
     "fail_under": ("X", "the mean reward decides: fail below X, succeed at or above it"),
 }
 GROUPS = ("read", "run", "write", "react", "stop")
@@ -60,13 +61,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     """Each option has an ini twin: ``--pocket-best-of`` is ``pocket_best_of`` there."""
     group = parser.getgroup("pocket", "small language models as coding agents")
     for name, (metavar, text) in OPTIONS.items():
-        action = "append" if name == "model" else "store"
+        more: dict[str, Any] = {"action": "append"} if name == "model" else {}
+        if name == "resume":
+            more = {"nargs": "?", "const": "yes"}
         group.addoption(
-            f"--pocket-{name.replace('_', '-')}",
-            dest=f"pocket_{name}",
-            metavar=metavar,
-            action=action,
-            help=text,
+            f"--pocket-{name.replace('_', '-')}", dest=f"pocket_{name}", metavar=metavar, help=text, **more
         )
         parser.addini(f"pocket_{name}", text, default="")
     group.addoption(

@@ -28,13 +28,14 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from pytest_pocket.task import SUITE_VERSION
+from pytest_pocket.chat import ChatReply, Message
+from pytest_pocket.conditions import Condition
+from pytest_pocket.episode import INVALID, Episode
+from pytest_pocket.sandbox import FileState
+from pytest_pocket.task import SUITE_VERSION, Check, Instance, Score
 
 if TYPE_CHECKING:
-    from pytest_pocket.chat import ChatReply
-    from pytest_pocket.episode import Episode
     from pytest_pocket.registry import Model
-    from pytest_pocket.sandbox import FileState
 
 SCHEMA = 1
 RUN = "run.json"
@@ -43,7 +44,10 @@ FILE_BYTES = 64 * 2**10
 """How much of one final file is kept."""
 EPISODE_BYTES = 512 * 2**10
 """How much of all final files of one episode is kept."""
+LOCK_SECONDS = 3.0
 NESTING = 40
+KEPT = ("prompt_tokens", "completion_tokens", "finish", "malformed", "truncated", "logprob")
+"""What is recorded of a reply beside its message."""
 PACKAGES = ("pytest", "pytest-xdist", "torch", "transformers", "peft", "tokenizers", "vllm")
 SECRET = re.compile(r"api.?key|token$|password|passwd|secret|credential|authorization", re.IGNORECASE)
 URL_USER = re.compile(r"(?<=://)[^/\s@]*@")
@@ -70,9 +74,18 @@ class Cell(Protocol):
 
 @dataclass(frozen=True)
 class Run:
-    """A run directory to which episodes are appended, from any thread or process."""
+    """A run directory to which episodes are appended, from any thread or process.
+
+    ``lock`` is the descriptor by which the session that owns it keeps other sessions out.
+    """
 
     directory: Path
+    lock: int | None = None
+
+    def close(self) -> None:
+        """Let another session have the directory.  The kernel does so too, however this process ends."""
+        if self.lock is not None:
+            os.close(self.lock)
 
     def append(self, record: Mapping[str, Any]) -> None:
         """Add one line, whole or not at all.  Raises RecordsError."""
@@ -100,22 +113,163 @@ def start(directory: Path | None, info: Mapping[str, Any]) -> Run:
         directory = Path(".pocket", "runs", f"{now}-{secrets.token_hex(3)}")
     directory = Path(os.path.abspath(directory))
     episodes = directory / EPISODES
+    run = _own(directory)
     try:
-        directory.mkdir(parents=True, exist_ok=True)
         if episodes.exists() and episodes.stat().st_size:
-            raise RecordsError(f"{directory} already holds a run: give --pocket-records another folder")
+            raise RecordsError(
+                f"{directory} already holds a run: give --pocket-records another folder, or add --pocket-resume"
+            )
         episodes.touch()
         _replace(directory / RUN, to_line(info, indent=2))
     except OSError as error:
+        run.close()
         raise _unwritable(directory, error) from error
-    return Run(directory)
+    except RecordsError:
+        run.close()
+        raise
+    return run
+
+
+def resume(directory: Path, info: Mapping[str, Any], *, force: bool = False) -> Run:
+    """Go on with a run, or start it.  Raises RecordsError when what ``info`` says would make other numbers.
+
+    With ``force`` the run goes on all the same; ``run.json`` then says what had changed.
+    """
+    directory = Path(os.path.abspath(directory))
+    if not (directory / RUN).is_file():
+        return start(directory, info)
+    run = _own(directory)
+    try:
+        old, _ = load(directory)
+        changed = differences(old, info)
+        if changed and not force:
+            raise RecordsError(
+                f"cannot resume {directory}: {'; '.join(changed)}. Start anew, or note it with --pocket-resume=force"
+            )
+        again = {"started": info["started"], "command": info["command"], "changed": changed}
+        merged = {
+            **old,
+            "options": info["options"],
+            "models": {**old["models"], **info["models"]},
+            "resumed": [*old.get("resumed", ()), again],
+        }
+        _replace(directory / RUN, to_line(merged, indent=2))
+    except OSError as error:
+        run.close()
+        raise _unwritable(directory, error) from error
+    except RecordsError:
+        run.close()
+        raise
+    return run
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """What makes the numbers of two sessions differ, in words; models that only one of them has do not."""
+    sides = [_determinants(info) for info in (old, new)]
+    shared = sides[0].keys() & sides[1].keys()
+    return [
+        f"{name} was {_short(sides[0][name])} and is {_short(sides[1][name])}"
+        for name in sides[1]
+        if name in shared and sides[0][name] != sides[1][name]
+    ]
+
+
+def _determinants(info: Mapping[str, Any]) -> dict[str, Any]:
+    options = info.get("options", {})
+    found = {
+        "the suite's version": info.get("suite"),
+        "the seed": info.get("seed"),
+        "the split": options.get("split"),
+        "the budget": options.get("budget"),
+        "the tool set": info.get("tools_sha256"),
+        "the commit": info.get("git", {}).get("commit"),
+    }
+    for name, model in info.get("models", {}).items():
+        found[f"the digest of model {name}"] = model.get("digest")
+        found[f"the template of model {name}"] = model.get("template_sha256")
+    return found
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 40 else f"{text[:12]}..."
+
+
+CellKey = tuple[str, str, str, bool, float, int, int, int]
+"""Task, model, prompt, think, temperature, best-of, run, sample."""
+
+
+def finished(directory: Path) -> dict[CellKey, list[dict[str, Any]]]:
+    """The valid attempts that a run holds, by cell: the records of all candidates, in their order."""
+    found: dict[CellKey, dict[int, dict[str, Any]]] = {}
+    for each in load(directory)[1]:
+        try:
+            key = (
+                each["task"],
+                each["model"],
+                each["prompt"],
+                each["think"],
+                each["temperature"],
+                each["best_of"],
+                each["run"],
+                each["sample"],
+            )
+            if each["candidate"] == 0:
+                found[key] = {}  # a rerun: what was played before no longer counts
+            found.setdefault(key, {})[each["candidate"]] = each
+        except KeyError as missing:
+            raise RecordsError(
+                f"a record in {directory} has no {missing}: it is not of this version"
+            ) from None
+    return {
+        key: [candidates[number] for number in range(key[5])]
+        for key, candidates in found.items()
+        if candidates.keys() == set(range(key[5]))
+        and all(each["outcome"] not in INVALID for each in candidates.values() if each["chosen"])
+    }
+
+
+def _own(directory: Path) -> Run:
+    """The directory, made if need be, and held against other sessions.  Raises RecordsError."""
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        lock = _lock(directory, fcntl.LOCK_EX)
+        # Shared from now on, with this session's own workers: as long as one of them lives, it may still write.
+        fcntl.flock(lock, fcntl.LOCK_SH)
+    except OSError as error:
+        raise _unwritable(directory, error) from error
+    return Run(directory, lock)
+
+
+def _lock(directory: Path, kind: int) -> int:
+    """A descriptor that holds the directory, for as long as any process has it open.
+
+    The workers of a killed session need a moment to end, so a lock is waited for a little.
+    """
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    deadline = time.monotonic() + LOCK_SECONDS
+    while True:
+        try:
+            fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
+            return descriptor
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                os.close(descriptor)
+                raise RecordsError(
+                    f"another session is writing to {directory}: wait for its end, or choose another --pocket-records"
+                ) from None
+            time.sleep(0.1)
 
 
 def join(directory: Path) -> Run:
     """The run that another process, the controller, has started.  Raises RecordsError."""
+    _check_run(directory)
+    return Run(directory, _lock(directory, fcntl.LOCK_SH))
+
+
+def _check_run(directory: Path) -> None:
     if not (directory / RUN).is_file():
         raise RecordsError(f"{directory} holds no {RUN}: give the directory of a run")
-    return Run(directory)
 
 
 def load(directory: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
@@ -123,7 +277,7 @@ def load(directory: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
 
     A torn last line, as a killed session may leave it, is passed over.
     """
-    join(directory)
+    _check_run(directory)
     info = _object(directory / RUN, 1, _read(directory / RUN))
     path = directory / EPISODES
     lines = _read(path).split(b"\n") if path.exists() else [b""]
@@ -181,6 +335,41 @@ def record(
         "started": started.isoformat(timespec="milliseconds"),
         "seconds": round(episode.seconds, 6),
     }
+
+
+def restore(record: Mapping[str, Any], instance: Instance) -> Episode:
+    """The episode of a record: all that scores, reports and training ask of it."""
+    messages = tuple(map(Message.from_dict, record["messages"]))
+    spoken = [message for message in messages if message.role == "assistant"]
+    checks = tuple(Check(**check) for check in record["checks"])
+    return Episode(
+        instance=instance,
+        condition=Condition(record["prompt"], record["think"], record["temperature"], record["best_of"]),
+        messages=messages,
+        replies=tuple(
+            ChatReply(
+                content=message.content,
+                thinking=message.thinking,
+                calls=message.calls,
+                **{key: reply[key] for key in KEPT},
+                evidence=reply["evidence"],
+            )
+            for message, reply in zip(spoken, record["replies"], strict=True)
+        ),
+        outcome=record["outcome"],
+        stop=record["stop"],
+        # The factors of the reward are not recorded, only their product.
+        score=None if record["reward"] is None else Score(checks, record["reward"], 1.0, 1.0),
+        answer=record["answer"],
+        after={path: _state(data) for path, data in record["files"].items()},
+        seconds=record["seconds"],
+        detail=record["detail"],
+    )
+
+
+def _state(data: Mapping[str, Any]) -> FileState:
+    content = data["text"].encode() if "text" in data else base64.b64decode(data["base64"])
+    return FileState(data["kind"], content, data.get("executable", False))
 
 
 def describe(
@@ -273,15 +462,8 @@ def _replies(replies: Iterable[ChatReply]) -> list[dict[str, Any]]:
     found = []
     before: tuple[int, ...] = ()
     for reply in replies:
-        data: dict[str, Any] = {
-            "prompt_tokens": reply.prompt_tokens,
-            "completion_tokens": reply.completion_tokens,
-            "finish": reply.finish,
-            "malformed": reply.malformed,
-            "truncated": reply.truncated,
-            "logprob": reply.logprob,
-            "evidence": dict(reply.evidence),
-        }
+        data: dict[str, Any] = {key: getattr(reply, key) for key in KEPT}
+        data["evidence"] = dict(reply.evidence)
         if reply.completion_ids:
             shared = len(os.path.commonprefix([before, reply.prompt_ids]))  # noqa: RUF071 - of tuples
             data["prompt_ids_shared"] = shared

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from pytest_pocket import records, sandbox, task_list
-from pytest_pocket.attempt import Attempt, Cell, attempt
+from pytest_pocket.attempt import Attempt, Cell, attempt, kept
 from pytest_pocket.chat import Backend, Cancelled, ChatReply, ChatRequest
 from pytest_pocket.episode import Workshop
 from pytest_pocket.options import Options
@@ -48,6 +48,7 @@ class Session:
         self._server: Server | None = None
         self._cancelled = False
         self._played: dict[Cell, int] = {}
+        self._kept: dict[records.CellKey, list[dict[str, Any]]] = {}
 
     def cells(self, task: str) -> list[Cell]:
         """The cells of a task: model by model, condition by condition, then runs and samples."""
@@ -71,7 +72,6 @@ class Session:
         Raises SandboxUnavailable, ModelError or RecordsError, and then leaves no record.
         """
         self._workshop = Workshop(sandbox.select(self.options.sandbox))
-        self._prepare(cells)
         asked = asdict(self.options)
         info = records.describe(
             command=self._command,
@@ -84,7 +84,20 @@ class Session:
             },
             directory=self._directory,
         )
-        self._run = records.start(self.options.records, info)
+        if self.options.resume and self.options.records:
+            self._resume(self.options.records, info)
+            self._prepare(self.missing(cells))
+        else:
+            self._prepare(cells)
+            self._run = records.start(self.options.records, info)
+
+    def _resume(self, directory: Path, info: Mapping[str, Any]) -> None:
+        self._run = records.resume(directory, info, force=self.options.resume == "force")
+        self._kept = records.finished(self._run.directory)
+
+    def missing(self, cells: Iterable[Cell]) -> list[Cell]:
+        """The cells that a resumed run does not hold yet."""
+        return [cell for cell in cells if cell.key not in self._kept]
 
     def engine(self, name: str) -> Backend:
         """The engine of a model, loaded once.  Raises ModelError, in words for the user, whatever went wrong."""
@@ -97,10 +110,13 @@ class Session:
 
     def start_pool(self, cells: Iterable[Cell]) -> None:
         """From now on, play ahead of what is asked for."""
-        self._pool = Pool(self.play, cells, self.options.in_flight)
+        self._pool = Pool(self.play, self.missing(cells), self.options.in_flight)
 
     def result(self, cell: Cell) -> Attempt:
-        """The attempt at a cell: from the pool where there is one, else played here.  Raises as ``play``."""
+        """The attempt at a cell: kept, or from the pool where there is one, else played here.  Raises as ``play``."""
+        if (found := self._kept.pop(cell.key, None)) is not None:
+            self._played[cell] = found[0]["rerun"] + 1
+            return kept(cell, found, self.options.split, self.options.seed)
         return self._pool.result(cell) if self._pool else self.play(cell)
 
     def play(self, cell: Cell) -> Attempt:
@@ -139,6 +155,8 @@ class Session:
         self._remote = told["address"], told["authkey"]
         self._workshop = Workshop(sandbox.select(told["sandbox"]))
         self._run = records.join(Path(told["records"]))
+        if self.options.resume:
+            self._kept = records.finished(self._run.directory)
         watch(*self._remote, self.cancel)
 
     @property
@@ -165,6 +183,7 @@ class Session:
                 (self._run.directory / name).unlink()
             with contextlib.suppress(OSError):
                 self._run.directory.rmdir()
+            self._run.close()
             self._run = None
 
     def close(self) -> None:
@@ -172,6 +191,9 @@ class Session:
         self.cancel()
         while self._engines:
             self._engines.popitem()[1].close()
+        if self._run:
+            self._run.close()
+            self._run = None
 
     def _opened(self) -> tuple[Workshop, records.Run]:
         if self._workshop is None or self._run is None:

@@ -189,7 +189,9 @@ def test_a_failed_write_leaves_no_part_of_a_line(tmp_path: Path, monkeypatch: py
 
 
 def test_a_directory_that_holds_a_run_is_refused_and_left_alone(tmp_path: Path) -> None:
-    records.start(tmp_path, INFO).append({"n": 1})
+    run = records.start(tmp_path, INFO)
+    run.append({"n": 1})
+    run.close()
     with pytest.raises(records.RecordsError, match=r"already holds a run: give --pocket-records another"):
         records.start(tmp_path, {"schema": 2})
     assert records.load(tmp_path) == (INFO, [{"n": 1}])
