@@ -1,8 +1,10 @@
-"""What batching buys: requests per second of the ``hf`` backend against ``generate``, on a tiny random model.
+"""What batching buys: replies per second of the ``hf`` backend against ``generate``, on a model of the suite.
 
 Three ways to answer the same greedy requests, taking turns so that a busy machine slows them alike:
 ``generate`` one request at a time, ``generate`` in static batches, and the backend with threads in flight.
-Run it with ``tests`` on PYTHONPATH: ``PYTHONPATH=tests python tests/bench/bench_hf.py OUTPUT.json``.
+The requests are the first turns of the tasks on dev, with the tools, as an episode sends them.
+
+    python tests/bench/bench_hf.py --model sft-run6 --out reports/bench/hf.json
 """
 
 from __future__ import annotations
@@ -11,40 +13,34 @@ import argparse
 import json
 import os
 import statistics
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from tiny_models import make_qwen3
-
+from pytest_pocket import task_list
 from pytest_pocket.backends.hf import HFBackend
 from pytest_pocket.chat import ChatRequest, Message, Sampling
+from pytest_pocket.registry import Registry
+from pytest_pocket.task import instance_seed
+from pytest_pocket.tools import SCHEMAS
 
 IN_FLIGHT = 32
-REQUESTS = 96
-REPEATS = 5
-SHAPE = {"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 4, "num_attention_heads": 4}
-TOOL = {
-    "type": "function",
-    "function": {
-        "name": "Read",
-        "parameters": {"type": "object", "properties": {"file_path": {"type": "string"}}},
-    },
-}
+INSTANCES = 5
+MAX_TOKENS = 96
 
 
 def requests() -> list[ChatRequest]:
-    """Prompts of 90 to 150 tokens, replies of 8 to 48: short and long ones mixed, as in an agent's loop."""
+    """The first turn of the first dev instances of every task."""
     return [
         ChatRequest(
-            (Message("user", f"{number}: " + "What does the file say? " * (1 + number % 3)),),
-            (TOOL,),
-            Sampling(max_tokens=8 + (number * 7) % 41),
+            (Message("user", task.build(instance_seed("dev", index)).prompt),),
+            SCHEMAS,
+            Sampling(max_tokens=MAX_TOKENS),
         )
-        for number in range(REQUESTS)
+        for task in task_list.shipped().values()
+        for index in range(INSTANCES)
     ]
 
 
@@ -82,24 +78,25 @@ def in_flight(backend: HFBackend) -> None:
         list(threads.map(backend.chat, requests()))
 
 
-def measure(repeats: int = REPEATS) -> dict[str, Any]:
+def measure(model: str, repeats: int) -> dict[str, Any]:
     """Requests per second of each way: every repeat, the medians, and their ratios to one at a time."""
     import torch
 
     ways: list[Callable[[HFBackend], None]] = [one_at_a_time, static_batches, in_flight]
     rates: dict[str, list[float]] = {way.__name__: [] for way in ways}
-    with tempfile.TemporaryDirectory() as directory:
-        backend = HFBackend(str(make_qwen3(Path(directory), num_key_value_heads=2, head_dim=64, **SHAPE)))
-        parameters = sum(weight.numel() for weight in backend._model.parameters())
-        for repeat in range(repeats + 1):
-            for way in ways:
-                start = time.perf_counter()
-                way(backend)
-                if repeat:  # the first is for warming up
-                    rates[way.__name__].append(REQUESTS / (time.perf_counter() - start))
-        backend.close()
+    backend = HFBackend(Registry().resolve(model).target)
+    parameters = sum(weight.numel() for weight in backend._model.parameters())
+    count = len(requests())
+    for repeat in range(repeats + 1):
+        for way in ways:
+            start = time.perf_counter()
+            way(backend)
+            if repeat:  # the first is for warming up
+                rates[way.__name__].append(round(count / (time.perf_counter() - start), 2))
+    backend.close()
     medians = {name: statistics.median(values) for name, values in rates.items()}
     return {
+        "model": model,
         "parameters": parameters,
         "torch": torch.__version__,
         "torch_threads": torch.get_num_threads(),
@@ -107,21 +104,23 @@ def measure(repeats: int = REPEATS) -> dict[str, Any]:
         "in_flight": IN_FLIGHT,
         "requests_per_second": rates,
         "medians": medians,
-        "ratios": {name: value / medians["one_at_a_time"] for name, value in medians.items()},
+        "ratios": {name: round(value / medians["one_at_a_time"], 2) for name, value in medians.items()},
     }
 
 
 def main() -> None:
-    """Measure, print, and write JSON to the path given."""
+    """Measure, print, and write JSON."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("output", type=Path)
+    parser.add_argument("--model", default="sft-run6")
+    parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1, help="torch threads")
-    arguments = parser.parse_args()
+    parser.add_argument("--out", type=Path, required=True)
+    options = parser.parse_args()
     import torch
 
-    torch.set_num_threads(arguments.threads)
-    result = measure()
-    arguments.output.write_text(json.dumps(result, indent=2) + "\n")
+    torch.set_num_threads(options.threads)
+    result = measure(options.model, options.repeats)
+    options.out.write_text(json.dumps(result, indent=2) + "\n")
     for name, median in result["medians"].items():
         print(f"{name:16} {median:8.1f} requests/s  x{result['ratios'][name]:.2f}")
 
