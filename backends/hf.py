@@ -3,9 +3,7 @@
 Requests come from many threads and are served by one engine thread that keeps a batch going: before each step
 waiting requests join it, and finished ones leave it.  The loop is our own because ``generate`` cannot do
 that: a static batch waits for its longest reply while new requests wait for all of it, and ``generate``
-spends milliseconds of bookkeeping on every token.  Measured by tests/bench/bench_hf.py (3.2 M parameters, 96
-mixed requests, 32 in flight, one CPU thread): ``generate`` one at a time 7.3 requests a second, in static
-batches of 32 24.1 (x3.3), this loop 30.1 (x4.1).  More than half of what is left is reading the prompts.
+spends milliseconds of bookkeeping on every token.  tests/bench/bench_hf.py measures the three ways.
 
 Sampling is exact and belongs to the request, not to the batch: each one draws from its own generator, seeded
 by its ``Sampling.seed``, by inverting the distribution function in double precision.
@@ -16,6 +14,7 @@ never the token, and harmless text gets the same ids as without it.
 
 from __future__ import annotations
 
+import functools
 import gc
 import hashlib
 import inspect
@@ -37,6 +36,10 @@ from pytest_pocket.registry import ModelError
 
 JOIN_SHARE = 4
 """Waiting requests join once there is one for this many running: each join copies the whole cache."""
+TRIM_SHARE = 4
+"""Empty columns on the left are cut off once they are more than one in this many: each cut copies the cache."""
+SPARE_COLUMNS = 64
+"""How many tokens a cache grows by when it is full."""
 JOIN_STEPS = 8
 """No request waits for longer than this many steps, if there is room in the batch."""
 UNLIMITED = 10**9
@@ -380,6 +383,7 @@ class _Batch:
         import torch
 
         self.joinable = _joinable(cache)
+        _give_room(cache)
         if self.rows:
             held, new = self._mask.shape[1], mask.shape[1]
             width = max(held, new)
@@ -420,7 +424,6 @@ class _Batch:
 
     def _advance(self, rows: Sequence[_Row], logits: Any) -> list[_Row]:
         """Give each of these rows its next token; take the finished ones out of the batch."""
-        import torch
 
         tokens, logprobs = _draw(logits, rows)
         finished = []
@@ -432,20 +435,31 @@ class _Batch:
             if row.finish == "stop" or len(row.tokens) >= row.limit or math.isnan(logprob):
                 finished.append(row)
         if finished:
-            gone = set(finished)
-            keep = [index for index, row in enumerate(self.rows) if row not in gone]
-            self.rows = [self.rows[index] for index in keep]
-            if not keep:
-                self.clear()
-            else:
-                chosen = torch.tensor(keep, device=self._mask.device)
-                self._cache.reorder_cache(chosen)
-                self._mask = self._mask.index_select(0, chosen)
-                if self.joinable:
-                    unused = int(self._mask.argmax(1).min())
-                    self._mask = self._mask[:, unused:]
-                    _pad(self._cache, -unused)
+            self._leave(set(finished))
         return finished
+
+    def _leave(self, gone: set[_Row]) -> None:
+        """Take rows out.  The last ones move to their places, so that the others need not be copied."""
+        import torch
+
+        stay = len(self.rows) - len(gone)
+        if not stay:
+            self.clear()
+            return
+        movers = (index for index in range(stay, len(self.rows)) if self.rows[index] not in gone)
+        order = [next(movers) if row in gone else index for index, row in enumerate(self.rows[:stay])]
+        self.rows = [self.rows[index] for index in order]
+        chosen = torch.tensor(order, device=self._mask.device)
+        self._mask = self._mask.index_select(0, chosen)
+        for layer in getattr(self._cache, "layers", [self._cache]):
+            if isinstance(layer, _roomy_layer()):
+                layer.take(order)
+            else:
+                layer.reorder_cache(chosen)
+        unused = int(self._mask.argmax(1).min())
+        if self.joinable and unused * TRIM_SHARE > self._mask.shape[1]:
+            self._mask = self._mask[:, unused:]
+            _pad(self._cache, -unused)
 
 
 def _draw(logits: Any, rows: Sequence[_Row]) -> tuple[list[int], list[float]]:
@@ -474,10 +488,64 @@ def _draw(logits: Any, rows: Sequence[_Row]) -> tuple[list[int], list[float]]:
     return chosen.tolist(), logprobs.tolist()
 
 
+@functools.cache
+def _roomy_layer() -> Any:
+    """The class of a cache layer with room ahead: the stock one copies all of itself at every token."""
+    from transformers.cache_utils import DynamicLayer
+
+    class RoomyLayer(DynamicLayer):
+        rooms: tuple[Any, Any] = (None, None)
+
+        def update(self, key_states: Any, value_states: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+            if not self.is_initialized:
+                return super().update(key_states, value_states, *args, **kwargs)
+            keys, self.keys = _appended(self.rooms[0], self.keys, key_states)
+            values, self.values = _appended(self.rooms[1], self.values, value_states)
+            self.rooms = keys, values
+            return self.keys, self.values
+
+        def take(self, order: Sequence[int]) -> None:
+            """Row ``order[i]`` becomes row i; no row that moves is one that another has moved to."""
+            for held in (self.keys, self.values):
+                for new, old in enumerate(order):
+                    if new != old:
+                        held[new] = held[old]
+            self.keys, self.values = self.keys[: len(order)], self.values[: len(order)]
+
+    return RoomyLayer
+
+
+def _give_room(cache: Any) -> None:
+    from transformers.cache_utils import DynamicLayer
+
+    for layer in getattr(cache, "layers", ()):
+        if type(layer) is DynamicLayer:
+            layer.__class__ = _roomy_layer()
+
+
+def _appended(room: Any, held: Any, more: Any) -> tuple[Any, Any]:
+    """The columns ``held`` and ``more``, as a view of the room that comes with them: of the same one, if it fits.
+
+    Tensors are of shape [rows, heads, columns, size].  What is held is no view of the room where another
+    tensor took its place (rows joined, or the cache was padded).
+    """
+    start, end = held.shape[-2], held.shape[-2] + more.shape[-2]
+    rows = len(held)
+    if room is None or held.data_ptr() != room.data_ptr() or end > room.shape[-2]:
+        room = held.new_empty((*held.shape[:2], end + SPARE_COLUMNS, held.shape[-1]))
+        room[..., :start, :] = held
+    room[:rows, :, start:end] = more
+    return room, room[:rows, :, :end]
+
+
 def _joinable(cache: Any) -> bool:
     from transformers import cache_utils
 
-    known = {cache_utils.DynamicLayer, getattr(cache_utils, "LinearAttentionLayer", cache_utils.DynamicLayer)}
+    known = {
+        _roomy_layer(),
+        cache_utils.DynamicLayer,
+        getattr(cache_utils, "LinearAttentionLayer", cache_utils.DynamicLayer),
+    }
     return all(type(layer) in known for layer in getattr(cache, "layers", [None]))
 
 
