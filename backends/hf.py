@@ -14,12 +14,14 @@ never the token, and harmless text gets the same ids as without it.
 
 from __future__ import annotations
 
+import copy
 import functools
 import gc
 import hashlib
 import inspect
 import json
 import math
+import os
 import random
 import threading
 import warnings
@@ -40,6 +42,10 @@ TRIM_SHARE = 4
 """Empty columns on the left are cut off once they are more than one in this many: each cut copies the cache."""
 SPARE_COLUMNS = 64
 """How many tokens a cache grows by when it is full."""
+OPENINGS = 8
+"""How many openings of prompts (system prompt, tools) are kept read; a run has one a condition."""
+OPENING_TOKENS = 32
+"""A shorter one is not worth its bookkeeping."""
 JOIN_STEPS = 8
 """No request waits for longer than this many steps, if there is room in the batch."""
 UNLIMITED = 10**9
@@ -354,6 +360,8 @@ class _Batch:
         self._positions = "position_ids" in parameters
         self.clear()
         self.joinable = True
+        self._shareable = False
+        self._openings: list[tuple[list[int], Any]] = []  # the one used last is the last
 
     def clear(self) -> None:
         """Forget all rows."""
@@ -364,25 +372,56 @@ class _Batch:
     def release(self) -> None:
         """Forget all rows and the model."""
         self.clear()
+        self._openings = []
         self._model = None
 
     def read(self, rows: Sequence[_Row]) -> tuple[Any, Any, Any]:
         """Run new prompts through the model; the batch stays as it is."""
         import torch
 
-        width = max(len(row.prompt) for row in rows)
-        pads = [width - len(row.prompt) for row in rows]
+        opening, cache = self._opening([row.prompt for row in rows])
+        rests = [row.prompt[len(opening) :] for row in rows]
+        width = max(map(len, rests))
+        pads = [width - len(rest) for rest in rests]
         device = self._model.device
-        padded = [[0] * pad + row.prompt for pad, row in zip(pads, rows, strict=True)]
-        ids = torch.tensor(padded, device=device)
-        mask = torch.tensor([[0] * pad + [1] * (width - pad) for pad in pads], device=device)
-        return self._forward(ids, mask, None)
+        ids = torch.tensor([[0] * pad + rest for pad, rest in zip(pads, rests, strict=True)], device=device)
+        seen = [1] * len(opening)
+        mask = torch.tensor([[*seen, *[0] * pad, *[1] * (width - pad)] for pad in pads], device=device)
+        return self._forward(ids, mask, cache)
+
+    def _opening(self, prompts: Sequence[list[int]]) -> tuple[list[int], Any]:
+        """What all these prompts begin with, and its cache for as many rows; nothing where it is not known.
+
+        The same system prompt and tools open every prompt of a condition: they are read once.  A state that
+        is not a column a token (linear attention) cannot have padding after it, so it is not shared.
+        """
+        import torch
+
+        if not self._shareable:
+            return [], None
+        # The last token of a prompt is always read: its logits are asked for.
+        starts = [prompt[:-1] for prompt in prompts]
+        known = [held for held in self._openings if all(start[: len(held[0])] == held[0] for start in starts)]
+        if known:
+            found = max(known, key=lambda held: len(held[0]))
+            self._openings.remove(found)
+        else:
+            shared = list(os.path.commonprefix(starts))  # noqa: RUF071 - of lists of token ids
+            if len(prompts) < 2 or len(shared) < OPENING_TOKENS:
+                return [], None
+            ids = torch.tensor([shared], device=self._model.device)
+            found = (shared, self._forward(ids, torch.ones_like(ids), None)[0])
+        self._openings = [*self._openings, found][-OPENINGS:]
+        cache = copy.deepcopy(found[1])
+        cache.batch_repeat_interleave(len(prompts))
+        return found[0], cache
 
     def join(self, rows: Sequence[_Row], cache: Any, logits: Any, mask: Any) -> list[_Row]:
         """Add rows that were read, and draw their first tokens; gives those that this finished."""
         import torch
 
         self.joinable = _joinable(cache)
+        self._shareable = _shareable(cache)
         _give_room(cache)
         if self.rows:
             held, new = self._mask.shape[1], mask.shape[1]
@@ -547,6 +586,12 @@ def _joinable(cache: Any) -> bool:
         getattr(cache_utils, "LinearAttentionLayer", cache_utils.DynamicLayer),
     }
     return all(type(layer) in known for layer in getattr(cache, "layers", [None]))
+
+
+def _shareable(cache: Any) -> bool:
+    from transformers.cache_utils import DynamicLayer
+
+    return all(type(layer) in (DynamicLayer, _roomy_layer()) for layer in getattr(cache, "layers", [None]))
 
 
 def _pad(cache: Any, count: int) -> None:

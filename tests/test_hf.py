@@ -97,6 +97,28 @@ def test_a_batch_gives_what_each_request_gets_alone(backend: HFBackend) -> None:
     assert_batching_changes_nothing(backend)
 
 
+def test_openings_that_prompts_share_are_read_once_and_change_nothing(backend: HFBackend) -> None:
+    opening = "The same words open every prompt of a run. " * 8
+    requests = [ask(opening + "x " * (number % 5) + str(number), max_tokens=12) for number in range(12)]
+    together(backend, requests[:2])  # the first join shows whether the cache can be shared
+    batch = backend._engine._batch
+    fresh = [backend.chat(request) for request in requests]
+    assert not batch._openings  # one prompt alone opens with nothing in common
+    shared = [*together(backend, requests), *map(backend.chat, requests)]
+    assert batch._openings
+    assert all(len(ids) >= 32 for ids, _ in batch._openings)
+    assert [reply.completion_ids for reply in shared] == [reply.completion_ids for reply in fresh] * 2
+    assert [reply.logprob for reply in shared] == pytest.approx([r.logprob for r in fresh] * 2, abs=1e-3)
+
+
+def test_a_prompt_that_is_no_longer_than_a_known_opening_is_read_all_the_same(backend: HFBackend) -> None:
+    words = "one two three four five six seven eight nine ten " * 8
+    together(backend, [ask(words)] * 2)
+    first, *others = together(backend, [ask(words)] * 4)
+    assert backend._engine._batch._openings
+    assert {reply.completion_ids for reply in others} == {first.completion_ids}
+
+
 def test_a_qwen3_5_model_with_linear_attention_works_the_same(tmp_path: Path) -> None:
     pytest.importorskip("transformers.models.qwen3_5")
     backend = HFBackend(str(make_qwen3_5(tmp_path)), device="cpu")
