@@ -56,7 +56,7 @@ def render(rows: Sequence[Row], width: int, *, ascii_only: bool = False) -> str:
 
 
 def tasks(rows: Sequence[Row], width: int, *, ascii_only: bool = False) -> str:
-    """The mean reward by task, a column for each model and condition, and over seen and unseen kinds."""
+    """The pass rate by task, a column for each model and condition, and over seen and unseen kinds."""
     if not rows:
         return "no episodes\n"
     return _text_table(_by_task(rows), width, ascii_only)
@@ -72,6 +72,11 @@ def markdown(rows: Sequence[Row]) -> str:
         "\n\n".join(map(_quoted, _notes(rows))),
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def tasks_markdown(rows: Sequence[Row]) -> str:
+    """The same as :func:`tasks`, for a README."""
+    return _markdown_table(_by_task(rows)) + "\n" if rows else "no episodes\n"
 
 
 def compared(pairings: Sequence[comparison.Pairing], width: int, *, ascii_only: bool = False) -> str:
@@ -196,7 +201,41 @@ def _passed(row: Row) -> float:
     return float(row["outcome"] == "passed")
 
 
-METRICS: tuple[tuple[str, Callable[[Row], float]], ...] = (("reward", reward), ("pass@1", _passed))
+def _passes(rows: Iterable[Row]) -> int:
+    return sum(row["outcome"] == "passed" for row in rows)
+
+
+Metric = Callable[[Iterable[Row]], comparison.Side]
+"""From valid rows to the value of each instance and repeat, or of each instance."""
+
+
+def _each(value: Callable[[Row], float]) -> Metric:
+    return lambda rows: {comparison.instance(row): value(row) for row in rows}
+
+
+def _of_samples(estimator: Callable[[int, int, int], float], k: int) -> Metric:
+    """A metric of k samples of one instance; an instance with fewer valid ones says nothing of it."""
+
+    def values(rows: Iterable[Row]) -> comparison.Side:
+        found: dict[tuple[str, object], list[Row]] = {}
+        for row in rows:
+            found.setdefault((str(row["task"]), row["seed"]), []).append(row)
+        return {key: estimator(len(mine), _passes(mine), k) for key, mine in found.items() if len(mine) >= k}
+
+    return values
+
+
+REWARD: Metric = _each(reward)
+METRICS: tuple[tuple[str, Metric], ...] = (("reward", REWARD), ("pass@1", _each(_passed)))
+
+
+def _metrics(rows: Sequence[Row]) -> tuple[tuple[str, Metric], ...]:
+    """The metrics that these rows allow: where instances were sampled k times, pass@k and pass^k too."""
+    k = len({row["sample"] for row in rows})
+    if k < 2:
+        return METRICS
+    sampled = (("pass@", statistics.pass_at_k), ("pass^", statistics.pass_hat_k))
+    return (*METRICS, *((f"{name}{k}", _of_samples(estimator, k)) for name, estimator in sampled))
 
 
 def _scores(rows: Sequence[Row]) -> _Grid:
@@ -209,33 +248,31 @@ def _scores(rows: Sequence[Row]) -> _Grid:
     head = ["model", "", *named, *(["full - raw"] if gap else []), *places, "n", "invalid"]
     grid = _Grid("mean reward and pass@1, ± 95% over tasks", head, left=2)
     for (model, asked), mine in subjects.items():
+        metrics = _metrics(mine)
         columns = []
         for prompt in prompts:
             part = _valid(row for row in mine if row["prompt"] == prompt)
-            columns.append("\n".join(_estimated(_mean(part, metric)) for _, metric in METRICS))
+            columns.append("\n".join(_estimated(_mean(part, metric)) for _, metric in metrics))
         if gap:
-            columns.append("\n".join(_estimated(_gap(mine, metric), sign="+") for _, metric in METRICS))
+            columns.append("\n".join(_estimated(_gap(mine, metric), sign="+") for _, metric in metrics))
         invalid = len(mine) - len(_valid(mine))
-        names = "\n".join(name for name, _ in METRICS)
+        names = "\n".join(name for name, _ in metrics)
         place = [str(ranks[model, asked] or "-")] if ranks else []
         grid.lines.append([f"{model}\n{asked}", names, *columns, *place, str(len(mine)), str(invalid)])
     return grid
 
 
-def _mean(rows: Iterable[Row], metric: Callable[[Row], float]) -> statistics.Estimate | None:
+def _mean(rows: Iterable[Row], metric: Metric) -> statistics.Estimate | None:
     values: dict[str, list[float]] = {}
-    for row in rows:
-        values.setdefault(str(row["task"]), []).append(metric(row))
+    for (task, _), value in metric(rows).items():
+        values.setdefault(task, []).append(value)
     return statistics.mean(values) if values else None
 
 
-def _gap(rows: Iterable[Row], metric: Callable[[Row], float]) -> statistics.Estimate | None:
+def _gap(rows: Iterable[Row], metric: Metric) -> statistics.Estimate | None:
     """What the full prompt adds to raw, over the instances that both attempted and neither lost."""
-    sides: dict[str, dict[tuple[str, object], float]] = {prompt: {} for prompt in GAP}
-    for row in _valid(rows):
-        if row["prompt"] in GAP:
-            sides[str(row["prompt"])][comparison.instance(row)] = metric(row)
-    return statistics.paired(*sides.values())
+    whole = _valid(rows)
+    return statistics.paired(*(metric(row for row in whole if row["prompt"] == prompt) for prompt in GAP))
 
 
 def _estimated(estimate: statistics.Estimate | None, sign: str = "") -> str:
@@ -287,26 +324,27 @@ def _notes(rows: Sequence[Row]) -> list[str]:
 
 
 def _smallest_differences(rows: Sequence[Row]) -> list[float]:
-    gaps = [_gap(mine, reward) for mine in _subjects(rows).values()]
+    gaps = [_gap(mine, REWARD) for mine in _subjects(rows).values()]
     return [smallest for gap in gaps if gap and (smallest := statistics.smallest_difference(gap)) > 0]
 
 
 def _by_task(rows: Sequence[Row]) -> _Grid:
-    """Mean rewards by task, in the order of the groups, then over seen and unseen kinds."""
+    """Pass rates by task, in the order of the groups, then mean rewards over seen and unseen kinds."""
     columns = [
         (f"{model}\n{asked}\n{printable(prompt)}", [row for row in mine if row["prompt"] == prompt])
         for (model, asked), mine in _subjects(rows).items()
         for prompt in _prompts(mine)
     ]
-    grid = _Grid("mean reward by task", ["group", "task", *(head for head, _ in columns)], left=2)
+    title = "pass@1 by task, with its 95% Wilson interval; mean reward over seen and unseen kinds"
+    grid = _Grid(title, ["group", "task", *(head for head, _ in columns)], left=2)
     for group, task in sorted({(str(row["group"]), str(row["task"])) for row in rows}, key=_place):
-        means = [_plain_mean(row for row in mine if row["task"] == task) for _, mine in columns]
-        grid.lines.append([printable(group), printable(task), *means])
+        rates = [_rate(_valid(row for row in mine if row["task"] == task)) for _, mine in columns]
+        grid.lines.append([printable(group), printable(task), *rates])
     if any("unseen" in row for row in rows):
         for name, wanted in (("seen", False), ("unseen", True)):
             parts = [[row for row in mine if bool(row.get("unseen")) is wanted] for _, mine in columns]
             grid.lines.append(
-                ["all", f"{name} kinds", *(_estimated(_mean(_valid(part), reward)) for part in parts)]
+                ["all", f"{name} kinds", *(_estimated(_mean(_valid(part), REWARD)) for part in parts)]
             )
     return grid
 
@@ -316,9 +354,16 @@ def _place(task: tuple[str, str]) -> tuple[int, str, str]:
     return GROUPS.index(group) if group in GROUPS else len(GROUPS), group, name
 
 
-def _plain_mean(rows: Iterable[Row]) -> str:
-    rewards = [reward(row) for row in _valid(rows)]
-    return f"{sum(rewards) / len(rewards):.2f}" if rewards else "-"
+def _rate(rows: Sequence[Row]) -> str:
+    """The pass rate of one task; without an interval where samples of one instance depend on each other."""
+    if not rows:
+        return "-"
+    passes = _passes(rows)
+    rate = f"{passes / len(rows):.2f}"
+    if len({row["seed"] for row in rows}) < len(rows):
+        return rate
+    low, high = statistics.wilson(passes, len(rows))
+    return f"{rate} ({low:.2f} to {high:.2f})"
 
 
 def _text_table(grid: _Grid, width: int, ascii_only: bool) -> str:

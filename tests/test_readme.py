@@ -1,27 +1,33 @@
-"""The README's numbers come from the committed runs."""
+"""The numbers of the README and of the docs come from the committed runs."""
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from pytest_pocket import records, report
+from pytest_pocket import records
 from pytest_pocket.registry import Registry
 
 ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text()
+DOCUMENTS = "\n".join((ROOT / name).read_text() for name in ("README.md", "docs/tiny-family.md"))
 RUNS = sorted(path.parent for path in (ROOT / "reports").glob("*/run.json"))
 
 
-def test_there_are_committed_runs() -> None:
-    assert [run.name for run in RUNS] == ["tiny-family-3-runs"]
+def test_the_tables_of_the_documents_are_what_the_committed_runs_give() -> None:
+    done = subprocess.run(
+        [sys.executable, ROOT / "reports/render.py", "--check"], capture_output=True, text=True
+    )
+    assert (done.returncode, done.stdout) == (0, ""), done.stderr
 
 
 @pytest.mark.parametrize("run", RUNS, ids=lambda run: run.name)
-def test_a_table_in_the_readme_is_rendered_from_its_run(run: Path) -> None:
-    _, episodes = records.load(run)
-    assert report.markdown(report.rows(episodes)).strip() in README
+def test_a_committed_run_is_shown_with_the_command_that_made_it(run: Path) -> None:
+    info, _ = records.load(run)
+    assert f"<!-- reports: scores {run.name} -->" in DOCUMENTS
+    assert " ".join(["pytest", *info["command"][1:]]) in DOCUMENTS
 
 
 @pytest.mark.parametrize("run", RUNS, ids=lambda run: run.name)

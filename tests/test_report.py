@@ -134,6 +134,44 @@ def test_tasks_by_group_then_seen_and_unseen_kinds() -> None:
     assert words[-1][3] == "0.000"
 
 
+def test_a_task_has_its_pass_rate_and_wilson_interval() -> None:
+    rows = [row(run=n) if n < 3 else failed(0.5, run=n) for n in range(4)]
+    # 3 of 4, by Wilson's formula: centre (3 + z^2/2) / (4 + z^2), z = 1.96.
+    assert report.tasks(rows, 100).splitlines()[-1].endswith("0.75 (0.30 to 0.95)")
+    assert report.tasks_markdown(rows).splitlines()[-1] == "| read | read\\_value | 0.75 (0.30 to 0.95) |"
+
+
+def test_samples_of_one_instance_get_no_wilson_interval() -> None:
+    rows = [row(sample=0), failed(sample=1)]
+    assert report.tasks(rows, 100).splitlines()[-1].endswith(" 0.50")
+
+
+def test_samples_give_pass_at_k_and_pass_hat_k_with_their_gap() -> None:
+    rows = [
+        make(task=task, sample=sample, prompt=prompt)
+        for task in "abc"
+        for prompt in ("raw", "full")
+        for sample, make in enumerate([row, row if prompt == "full" else failed])
+    ]
+    lines = report.render(rows, 100).splitlines()
+    shown = {
+        name: re.findall(r"[+-]?\d\.\d{3}", line)[::2]
+        for line in lines
+        for name in ("pass@1", "pass@2", "pass^2")
+        if f"  {name}  " in line
+    }
+    assert shown == {
+        "pass@1": ["0.500", "1.000", "+0.500"],
+        "pass@2": ["1.000", "1.000", "+0.000"],
+        "pass^2": ["0.000", "1.000", "+1.000"],
+    }
+
+
+def test_an_instance_that_lost_a_sample_is_not_in_pass_at_k() -> None:
+    rows = [row(sample=0), row(sample=1), failed(sample=0, run=2), row(sample=1, run=2, outcome="infra")]
+    assert re.search(r"pass\^2 +1\.000", report.render(rows, 100))
+
+
 def test_no_rows_is_a_line() -> None:
     assert report.render([], 80) == report.tasks([], 80) == report.markdown([]) == "no episodes\n"
 

@@ -1,0 +1,52 @@
+"""Render the tables of the documents from the committed runs.
+
+A document says where: everything between ``<!-- reports: KIND RUN -->`` and ``<!-- /reports -->`` is replaced
+by the table of that kind (``scores`` or ``tasks``) of the run in that folder of reports/.
+
+    python reports/render.py            # rewrite the documents
+    python reports/render.py --check    # fail, and name them, where one differs from what the records give
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from pathlib import Path
+
+from pytest_pocket import records, report
+
+REPORTS = Path(__file__).parent
+DOCUMENTS = (REPORTS.parent / "README.md", REPORTS.parent / "docs" / "tiny-family.md")
+KINDS = {"scores": report.markdown, "tasks": report.tasks_markdown}
+BLOCK = re.compile(r"(?<=<!-- reports: )(\w+) ([\w.-]+) -->\n.*?(?=<!-- /reports -->)", re.DOTALL)
+
+
+def rendered(text: str) -> str:
+    """A document with its tables as the records give them now."""
+
+    def table(block: re.Match[str]) -> str:
+        kind, run = block.groups()
+        _, episodes = records.load(REPORTS / run)
+        return f"{kind} {run} -->\n\n{KINDS[kind](report.rows(episodes))}\n"
+
+    return BLOCK.sub(table, text)
+
+
+def main() -> None:
+    """Rewrite the documents, or check them."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="change nothing; exit 1 where one differs")
+    options = parser.parse_args()
+    stale = [path for path in DOCUMENTS if rendered(path.read_text()) != path.read_text()]
+    for path in stale:
+        if not options.check:
+            path.write_text(rendered(path.read_text()))
+        print(
+            f"{path.relative_to(REPORTS.parent)}: {'differs from its runs' if options.check else 'rendered'}"
+        )
+    sys.exit(bool(stale and options.check))
+
+
+if __name__ == "__main__":
+    main()
