@@ -87,7 +87,7 @@ def pairings(rows: Sequence[Row], metric: Metric = reward) -> list[Pairing]:
     subjects: dict[tuple[str, ...], list[Row]] = {}
     for row in sorted(rows, key=lambda row: known.get(row["prompt"], len(known))):
         subjects.setdefault(tuple(str(row.get(key, "")) for key in SUBJECT), []).append(row)
-    found = []
+    found: list[_Found] = []
     for (one, mine), (other, theirs) in combinations(subjects.items(), 2):
         # A run that is not named is no difference.
         unlike = [
@@ -104,6 +104,27 @@ def pairings(rows: Sequence[Row], metric: Metric = reward) -> list[Pairing]:
                 if place != index
             }
             found.append((SUBJECT[index], one[index], other[index], common, result, dropped, bounds))
+    return _corrected(found)
+
+
+def against(before: Sequence[Row], after: Sequence[Row], metric: Metric = reward) -> list[Pairing]:
+    """Each subject that both hold, ``after`` - ``before``; ``what`` names it.  Raises as :func:`pairings`."""
+    sides: list[dict[str, list[Row]]] = [{}, {}]
+    for side, rows in zip(sides, (before, after), strict=True):
+        for row in rows:
+            side.setdefault(_named(row), []).append(row)
+    found = []
+    for name in sides[0].keys() & sides[1].keys():
+        result, dropped, bounds = _compared(sides[0][name], sides[1][name], metric)
+        found.append((name, "before", "after", {}, result, dropped, bounds))
+    return _corrected(sorted(found, key=lambda each: each[0]))
+
+
+_Found = tuple[str, str, str, Mapping[str, str], statistics.Comparison, int, tuple[float, float]]
+
+
+def _corrected(found: Sequence[_Found]) -> list[Pairing]:
+    """Pairings whose p values are corrected for their number."""
     corrected = statistics.holm([result.p for *_, result, _, _ in found])
     return [
         Pairing(what, first, second, common, result, p, dropped, bounds)
@@ -143,7 +164,10 @@ def instance(row: Row) -> tuple[str, object]:
 
 
 def _named(row: Row) -> str:
-    return " ".join(str(row[key]) for key in SUBJECT if row.get(key))
+    think = "think" if row["think"] == "on" else "no-think"
+    best_of = f" best of {row['best_of']}" if row["best_of"] > 1 else ""
+    where = f"{row['run_directory']} " if row.get("run_directory") else ""
+    return f"{where}{row['model']} {row['prompt']} {think} t{row['temperature']:g}{best_of}"
 
 
 def ranks(lines: Mapping[Any, Sequence[Row]], metric: Metric = reward) -> dict[Any, int | None]:

@@ -7,6 +7,7 @@ value, and what to do.  Knows nothing of pytest: values come through one functio
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,6 +42,15 @@ class Options:
     records: Path | None
     resume: str
     fail_under: float | None
+    baseline: Path | None
+    fail_worse: float | None
+    must_pass: tuple[str, ...]
+    summary: Path | None
+
+    @property
+    def gated(self) -> bool:
+        """Whether anything is asked of the session as a whole."""
+        return bool(self.baseline or self.must_pass or self.summary) or self.fail_under is not None
 
 
 def read(get: Callable[[str], str]) -> Options:
@@ -61,6 +71,10 @@ def read(get: Callable[[str], str]) -> Options:
         records=Path(directory) if (directory := get("records")) else None,
         resume=_choice("resume", get("resume"), ("yes", "force")) if get("resume") else "",
         fail_under=_number("fail-under", value, 0.0, 1.0) if (value := get("fail_under")) else None,
+        baseline=Path(run) if (run := get("baseline")) else None,
+        fail_worse=_number("fail-worse", value, 0.0, 1.0) if (value := get("fail_worse")) else None,
+        must_pass=tuple(dict.fromkeys(_listed(get("must_pass")))),
+        summary=Path(file) if (file := get("summary")) else None,
     )
     if options.samples > 1 and any(condition.temperature == 0 for condition in options.conditions):
         raise OptionError(
@@ -69,6 +83,10 @@ def read(get: Callable[[str], str]) -> Options:
         )
     if options.resume and options.records is None:
         raise OptionError("--pocket-resume needs --pocket-records DIR: the run to go on with")
+    if options.fail_worse is not None and options.baseline is None:
+        raise OptionError("--pocket-fail-worse needs --pocket-baseline RUN: the run to compare with")
+    if options.summary and not os.access(options.summary.absolute().parent, os.W_OK | os.X_OK):
+        raise OptionError(f"--pocket-summary {options.summary}: its folder is missing or not writable")
     return options
 
 

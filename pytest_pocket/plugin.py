@@ -22,6 +22,7 @@ from pytest_pocket import hookspecs
 
 if TYPE_CHECKING:
     from pytest_pocket.attempt import Attempt, Cell
+    from pytest_pocket.gate import Gates
     from pytest_pocket.registry import Registry
     from pytest_pocket.session import Session
     from pytest_pocket.task import Task
@@ -43,6 +44,13 @@ OPTIONS = {
     "records": ("DIR", "where the run is recorded (default .pocket/runs/TIME)"),
     "resume": ("force", "go on with the run in --pocket-records: play only what is missing or invalid there"),
     "fail_under": ("X", "the mean reward decides: fail below X, succeed at or above it"),
+    "baseline": ("RUN", "compare with this run directory, instance by instance"),
+    "fail_worse": (
+        "X",
+        "fail only on a drop below the baseline of more than X that the paired test supports",
+    ),
+    "must_pass": ("TASKS", "tasks of which every episode must pass, whatever the means say"),
+    "summary": ("FILE", "write the tables and what the gates say to a Markdown file"),
 }
 GROUPS = ("read", "run", "write", "react", "stop")
 
@@ -119,7 +127,13 @@ def pytest_configure(config: pytest.Config) -> None:
         if (told := getattr(config, "workerinput", {}).get("pocket")) is not None:
             session.join(told)
     config.stash[SESSION] = session
-    config.pluginmanager.register(Playing(config, session), "pocket-playing")
+    playing = Playing(config, session)
+    if not playing.worker and asked.gated:
+        from pytest_pocket.gate import Gates
+
+        with _usage_errors():
+            playing.gates = Gates(asked, tuple(session.models))
+    config.pluginmanager.register(playing, "pocket-playing")
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
@@ -236,7 +250,8 @@ class Playing:
         self.config = config
         self.session = session
         self.tally = Tally(tuple(session.models), tuple(each.prompt for each in session.options.conditions))
-        self.verdict = ""
+        self.verdict: list[str] = []
+        self.gates: Gates | None = None
         self.worker = hasattr(config, "workerinput")
 
     @property
@@ -317,23 +332,36 @@ class Playing:
             width = self.config.get_terminal_writer().fullwidth
             plain = not (sys.stdout.encoding or "").lower().startswith("utf")
             reporter.write("\n" + render(self.tally.rows, width, ascii_only=plain))
-        if self.verdict:
-            reporter.write_line(f"pocket: {self.verdict}")
+        for line in self.verdict:
+            reporter.write_line(f"pocket: {line}")
         if directory := self.session.records_directory:
             reporter.write_line(f"pocket: records in {directory}")
 
     def _decide(self, session: pytest.Session) -> None:
         if failure := self.session.failure:
             session.exitstatus = pytest.ExitCode.USAGE_ERROR
-            self.verdict = str(failure)
+            self.verdict = [str(failure)]
             self.session.discard_empty_records()
-        elif (least := self.session.options.fail_under) is not None and self.tally.rows:
+        elif self.gates and self.tally.rows:
+            self._judge(session, self.gates)
+
+    def _judge(self, session: pytest.Session, gates: Gates) -> None:
+        """Let the gates decide, and write the summary."""
+        from pytest_pocket.gate import write_summary
+
+        verdict = gates.verdict(self.tally.rows, self.tally.hard_failure)
+        self.verdict = [line for _, line in verdict.findings]
+        if gates.deciding:
             decided = session.exitstatus in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED)
             if decided and not (session.shouldstop or session.shouldfail):
-                good, self.verdict = self.tally.verdict(least)
-                session.exitstatus = pytest.ExitCode.OK if good else pytest.ExitCode.TESTS_FAILED
+                session.exitstatus = pytest.ExitCode.OK if verdict.good else pytest.ExitCode.TESTS_FAILED
             else:
-                self.verdict = "the session was stopped: --pocket-fail-under decides nothing"
+                self.verdict.append("the session was stopped: the gates decide nothing")
+        if summary := self.session.options.summary:
+            try:
+                write_summary(summary, self.tally.rows, verdict)
+            except OSError as error:
+                self.verdict.append(f"--pocket-summary {summary}: {error.strerror or error}")
 
 
 @pytest.fixture

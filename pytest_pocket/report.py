@@ -69,7 +69,7 @@ def markdown(rows: Sequence[Row]) -> str:
     parts = [
         _markdown_table(_scores(rows)),
         _markdown_table(_ledger(rows)),
-        "\n\n".join(map(_quoted, _notes(rows))),
+        "\n\n".join(map(quoted, _notes(rows))),
     ]
     return "\n\n".join(parts) + "\n"
 
@@ -389,13 +389,13 @@ def _text_table(grid: _Grid, width: int, ascii_only: bool) -> str:
 
 def _markdown_table(grid: _Grid) -> str:
     def line(cells: Iterable[str]) -> str:
-        return "| " + " | ".join(_quoted(cell).replace("\n", "<br>") for cell in cells) + " |"
+        return "| " + " | ".join(quoted(cell).replace("\n", "<br>") for cell in cells) + " |"
 
     rule = ["---"] * grid.left + ["--:"] * (len(grid.head) - grid.left)
     return "\n".join([line(grid.head), f"| {' | '.join(rule)} |", *map(line, grid.lines)])
 
 
-def _quoted(text: str) -> str:
+def quoted(text: str) -> str:
     """Text that Markdown and HTML show as it is."""
     for char, entity in (("&", "&amp;"), ("<", "&lt;"), (">", "&gt;")):
         text = text.replace(char, entity)

@@ -72,14 +72,16 @@ class Session:
         Raises SandboxUnavailable, ModelError or RecordsError, and then leaves no record.
         """
         self._workshop = Workshop(sandbox.select(self.options.sandbox))
-        asked = asdict(self.options)
+        asked = {
+            name: str(value) if isinstance(value, Path) else value
+            for name, value in asdict(self.options).items()
+        }
         info = records.describe(
             command=self._command,
             models=self.models.values(),
             seed=self.options.seed,
             options={
                 **asked,
-                "records": str(asked["records"] or ""),
                 "sandbox": self._workshop.provider.name,
             },
             directory=self._directory,

@@ -9,8 +9,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from pytest_pocket.episode import INVALID
-
 Row = Mapping[str, str | int | float]
 
 
@@ -34,22 +32,6 @@ class Tally:
             self._rows[test] = row
         if failed and not (test in self._rows and phase == "call"):
             self.hard_failure = True
-
-    def mean(self) -> float | None:
-        """The mean reward over valid episodes; None when there are none."""
-        rewards = [float(row["reward"]) for row in self._rows.values() if row["outcome"] not in INVALID]
-        return sum(rewards) / len(rewards) if rewards else None
-
-    def verdict(self, fail_under: float) -> tuple[bool, str]:
-        """Whether the mean reward is high enough and nothing else is wrong, and a line that says so."""
-        mean = self.mean()
-        if mean is None:
-            return False, f"no valid episode to compare with --pocket-fail-under {fail_under:g}"
-        enough = mean >= fail_under
-        line = f"mean reward {mean:.4f} is {'at least' if enough else 'below'} --pocket-fail-under {fail_under:g}"
-        if enough and self.hard_failure:
-            line += ", but the session fails: there are errors, or failures of other tests"
-        return enough and not self.hard_failure, line
 
     def _place(self, row: Row) -> tuple[int, int, str, str]:
         model, prompt = self.models.index(str(row["model"])), self.prompts.index(str(row["prompt"]))

@@ -88,6 +88,14 @@ class SandboxProvider(Protocol):
         ...
 
 
+ENVIRONMENT = {
+    "LC_CTYPE": "C.UTF-8",
+    "TZ": "UTC",
+    "PYTHONDONTWRITEBYTECODE": "1",
+    "PYTHONHASHSEED": "0",
+    "GIT_CONFIG_NOSYSTEM": "1",
+}
+"""What every provider sets: the same commands leave the same files everywhere."""
 PROVIDERS = ("bwrap", "docker", "podman", "none")
 """What ``--pocket-sandbox`` can name, beside ``auto``: the first of these, ``none`` excepted, that works."""
 

@@ -32,6 +32,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 
 from pytest_pocket.sandbox import (
+    ENVIRONMENT,
     CommandResult,
     FileState,
     Limits,
@@ -50,15 +51,7 @@ AGENT = (
     '(unset _call _input; eval "$_script") <"$_input" >&3 2>&1 3>&- & wait $!; _status=$?; '
     'while kill -9 -1; do :; done; echo "$_call $_status"; done'
 )
-ENVIRONMENT = {
-    "PATH": "/usr/local/bin:/usr/bin:/bin",
-    "HOME": "/workspace",
-    "LC_CTYPE": "C.UTF-8",
-    "TZ": "UTC",
-    "PYTHONDONTWRITEBYTECODE": "1",
-    "PYTHONHASHSEED": "0",
-    "GIT_CONFIG_NOSYSTEM": "1",
-}
+PATH = "/usr/local/bin:/usr/bin:/bin"
 ACCOUNTS = {
     "/etc/passwd": "root:x:0:0::/root:/bin/bash\npocket:x:1000:1000::/workspace:/bin/bash\n",
     "/etc/group": "root:x:0:\npocket:x:1000:\n",
@@ -94,7 +87,7 @@ def _arguments() -> tuple[str, ...]:
     words += ["--uid", "1000", "--gid", "1000", "--hostname", "pocket", "--cap-drop", "ALL", "--clearenv"]
     if _can_forbid_namespaces():
         words.append("--disable-userns")
-    for name, value in ENVIRONMENT.items():
+    for name, value in {"PATH": PATH, "HOME": "/workspace", **ENVIRONMENT}.items():
         words += ["--setenv", name, value]
     words += ["--ro-bind", "/usr", "/usr"]
     for path in ("/bin", "/sbin", "/lib", "/lib32", "/lib64"):

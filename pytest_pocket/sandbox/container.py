@@ -18,18 +18,18 @@ import threading
 import time
 from collections.abc import Mapping
 
-from pytest_pocket.sandbox import CommandResult, FileState, Limits, SandboxError, SandboxUnavailable, tree
+from pytest_pocket.sandbox import (
+    ENVIRONMENT,
+    CommandResult,
+    FileState,
+    Limits,
+    SandboxError,
+    SandboxUnavailable,
+    tree,
+)
 
 DEFAULT_IMAGE = "python:3.11"
 """Needs bash, git, python3 and tar.  The environment variable POCKET_SANDBOX_IMAGE names another."""
-ENVIRONMENT = {
-    "HOME": "/workspace",
-    "LC_CTYPE": "C.UTF-8",
-    "TZ": "UTC",
-    "PYTHONDONTWRITEBYTECODE": "1",
-    "PYTHONHASHSEED": "0",
-    "GIT_CONFIG_NOSYSTEM": "1",
-}
 START_SECONDS = 120.0
 KILL_SECONDS = 10.0
 TIMED_OUT = 124
@@ -64,7 +64,7 @@ def start_command(engine: str, name: str, limits: Limits) -> list[str]:
     words += ["--tmpfs", f"/workspace:rw,exec,nosuid,nodev,size={size}"]
     words += ["--tmpfs", f"/tmp:rw,exec,nosuid,nodev,size={size}"]
     words += ["--workdir", "/workspace", "--entrypoint", "bash"]
-    for key, value in ENVIRONMENT.items():
+    for key, value in {"HOME": "/workspace", **ENVIRONMENT}.items():
         words += ["--env", f"{key}={value}"]
     return [*words, image(), "-c", INIT]
 

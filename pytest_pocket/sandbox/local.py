@@ -18,7 +18,15 @@ import warnings
 from collections.abc import Mapping
 from typing import IO
 
-from pytest_pocket.sandbox import CommandResult, FileState, Limits, SandboxError, SandboxUnavailable, tree
+from pytest_pocket.sandbox import (
+    ENVIRONMENT,
+    CommandResult,
+    FileState,
+    Limits,
+    SandboxError,
+    SandboxUnavailable,
+    tree,
+)
 
 TIMED_OUT = 124
 TOO_MUCH_OUTPUT = 137
@@ -58,7 +66,7 @@ class LocalSandbox:
                     env={
                         "PATH": os.environ.get("PATH", os.defpath),
                         "HOME": self._workspace,
-                        "LANG": "C.UTF-8",
+                        **ENVIRONMENT,
                     },
                     stdin=given,
                     stdout=output,
