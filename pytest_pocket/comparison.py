@@ -113,7 +113,7 @@ def against(before: Sequence[Row], after: Sequence[Row], metric: Metric = reward
     for side, rows in zip(sides, (before, after), strict=True):
         for row in rows:
             side.setdefault(_named(row), []).append(row)
-    found = []
+    found: list[_Found] = []
     for name in sides[0].keys() & sides[1].keys():
         result, dropped, bounds = _compared(sides[0][name], sides[1][name], metric)
         found.append((name, "before", "after", {}, result, dropped, bounds))
@@ -138,7 +138,8 @@ def _compared(
     sides = [{instance(row): row for row in rows} for rows in (first, second)]
     both = sides[0].keys() & sides[1].keys()
     whole = [key for key in both if valid(sides[0][key]) and valid(sides[1][key])]
-    result = statistics.compare(*({key: metric(side[key]) for key in whole} for side in sides))
+    one, other = ({key: metric(side[key]) for key in whole} for side in sides)
+    result = statistics.compare(one, other)
     if result is None:
         raise ComparisonError(
             f"{_named(first[0])} and {_named(second[0])} have no valid instance in common: "
