@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
@@ -164,6 +164,11 @@ def instance(row: Row) -> tuple[str, object]:
     return str(row["task"]), (row["seed"], row["sample"])
 
 
+def side(rows: Iterable[Row], metric: Metric) -> Side:
+    """One side of a comparison over instances, repeats and prompts."""
+    return {(task, (drawn, row["prompt"])): metric(row) for row in rows for task, drawn in [instance(row)]}
+
+
 def _named(row: Row) -> str:
     think = "think" if row["think"] == "on" else "no-think"
     best_of = f" best of {row['best_of']}" if row["best_of"] > 1 else ""
@@ -181,15 +186,7 @@ def ranks(lines: Mapping[Any, Sequence[Row]], metric: Metric = reward) -> dict[A
         sum(not valid(row) for row in rows) > statistics.INVALID_SHARE * len(rows) for rows in lines.values()
     ):
         return nothing
-    sides: dict[Any, Side] = {
-        name: {
-            (task, (drawn, row["prompt"])): metric(row)
-            for row in rows
-            if valid(row)
-            for task, drawn in [instance(row)]
-        }
-        for name, rows in lines.items()
-    }
+    sides = {name: side(filter(valid, rows), metric) for name, rows in lines.items()}
     pairs = list(combinations(sides, 2))
     compared = [statistics.compare(sides[one], sides[other]) for one, other in pairs]
     if None in compared:
