@@ -46,15 +46,6 @@ class Message:
             data["name"] = self.name
         return data
 
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> Message:
-        """The message that ``to_dict`` gave."""
-        functions = [call["function"] for call in data.get("tool_calls", ())]
-        calls = tuple(ToolCall(function["name"], function["arguments"]) for function in functions)
-        return cls(
-            data["role"], data["content"], data.get("reasoning_content", ""), calls, data.get("name", "")
-        )
-
 
 @dataclass(frozen=True)
 class Sampling:

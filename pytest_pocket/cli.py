@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 
 if TYPE_CHECKING:
+    from pytest_pocket.chat import Message
     from pytest_pocket.registry import Model
 
 STAGES = ("data", "tokenizer", "pretrain", "sft")
@@ -110,6 +111,7 @@ def _tables(rows: list[dict[str, str | int | float]]) -> str:
 
 def _trajectory(record: Mapping[str, Any]) -> str:
     """An episode to be read: what was said, called and answered, and how it was scored."""
+    from pytest_pocket.records import messages
     from pytest_pocket.report import printable
 
     think = "think" if record["think"] else "no-think"
@@ -119,7 +121,7 @@ def _trajectory(record: Mapping[str, Any]) -> str:
         f"t {record['temperature']:g} · {record['outcome']}, {reward}"
     )
     lines = [f"=== {printable(head)}"]
-    for message in record["messages"]:
+    for message in messages(record):
         lines += _message(message)
     lines += [
         printable(f"--- {check['name']}: {check['value']:g} {check['detail']}".rstrip())
@@ -130,17 +132,16 @@ def _trajectory(record: Mapping[str, Any]) -> str:
     return "\n".join([*lines, ""])
 
 
-def _message(message: Mapping[str, Any]) -> Iterator[str]:
-    name = f" {message['name']}" if message.get("name") else ""
-    yield from _indented(f"[{message['role']}{name}]", message["content"])
-    if thinking := message.get("reasoning_content"):
-        yield from _indented("    (thinking)", thinking)
-    for call in message.get("tool_calls", ()):
-        function = call["function"]
-        for key, value in function["arguments"].items():
-            yield from _indented(f"  > {function['name']} {key}=", str(value))
-        if not function["arguments"]:
-            yield from _indented(f"  > {function['name']}", "")
+def _message(message: Message) -> Iterator[str]:
+    name = f" {message.name}" if message.name else ""
+    yield from _indented(f"[{message.role}{name}]", message.content)
+    if message.thinking:
+        yield from _indented("    (thinking)", message.thinking)
+    for call in message.calls:
+        for key, value in call.arguments.items():
+            yield from _indented(f"  > {call.name} {key}=", str(value))
+        if not call.arguments:
+            yield from _indented(f"  > {call.name}", "")
 
 
 def _indented(head: str, text: str) -> Iterator[str]:

@@ -15,6 +15,8 @@ from pathlib import Path
 from pytest_pocket.conditions import Condition, ConditionError, grid
 from pytest_pocket.episode import Budget
 from pytest_pocket.sandbox import PROVIDERS
+from pytest_pocket.shard import Shard
+from pytest_pocket.shard import parse as parse_shard
 from pytest_pocket.task import SPLITS, Split
 
 MAX_RUNS = 10_000
@@ -46,6 +48,7 @@ class Options:
     fail_worse: float | None
     must_pass: tuple[str, ...]
     summary: Path | None
+    shard: Shard | None
 
     @property
     def gated(self) -> bool:
@@ -75,6 +78,7 @@ def read(get: Callable[[str], str]) -> Options:
         fail_worse=_number("fail-worse", value, 0.0, 1.0) if (value := get("fail_worse")) else None,
         must_pass=tuple(dict.fromkeys(_listed(get("must_pass")))),
         summary=Path(file) if (file := get("summary")) else None,
+        shard=_shard(value) if (value := get("shard")) else None,
     )
     if options.samples > 1 and any(condition.temperature == 0 for condition in options.conditions):
         raise OptionError(
@@ -125,6 +129,13 @@ def _split(value: str) -> Split:
         if split == value:
             return split
     raise OptionError(f"--pocket-split {value!r}: choose from {', '.join(SPLITS)}")
+
+
+def _shard(value: str) -> Shard:
+    try:
+        return parse_shard(value)
+    except ValueError as error:
+        raise OptionError(f"--pocket-shard {error}") from None
 
 
 def _choice(name: str, value: str, choices: Sequence[str]) -> str:

@@ -50,6 +50,7 @@ OPTIONS = {
         "fail only on a drop below the baseline of more than X that the paired test supports",
     ),
     "must_pass": ("TASKS", "tasks of which every episode must pass, whatever the means say"),
+    "shard": ("I/N", "play only part I of N, each instance whole; pocket merge joins the parts"),
     "summary": ("FILE", "write the tables and what the gates say to a Markdown file"),
 }
 GROUPS = ("read", "run", "write", "react", "stop")
@@ -266,7 +267,18 @@ class Playing:
         return (
             f"pocket: {', '.join(self.session.models)} · {conditions} · "
             f"{asked.split} split, runs {asked.runs}, samples {asked.samples}, seed {asked.seed}"
+            + (f", shard {asked.shard}" if asked.shard else "")
         )
+
+    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
+        """Leave out what other shards play."""
+        if shard := self.session.options.shard:
+            kept, others = [], []
+            for item in items:
+                theirs = any(not shard.holds(cell.task, cell.run) for cell in _cells([item]))
+                (others if theirs else kept).append(item)
+            items[:] = kept
+            self.config.hook.pytest_deselected(items=others)
 
     def pytest_report_collectionfinish(self, items: list[pytest.Item]) -> str | None:
         """How much there is to play."""

@@ -4,6 +4,10 @@
 finish, so that a killed session loses nothing that had finished.  Several processes (pytest-xdist) and
 threads append to one file: each append is one write under a lock.  A line holds everything that is needed
 to score the episode again, to read its trajectory, to resume the run, and to train on it.
+
+A field has one type in every record, and no field is named by a model or an engine, so that records load as
+a table: what has no shape of its own (the arguments of a call, an engine's evidence) is JSON text.  The shape
+is published in ``pytest_pocket/schema``.
 """
 
 from __future__ import annotations
@@ -28,7 +32,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from pytest_pocket.chat import ChatReply, Message
+from pytest_pocket.chat import ChatReply, Message, ToolCall
 from pytest_pocket.conditions import Condition
 from pytest_pocket.episode import INVALID, Episode
 from pytest_pocket.sandbox import FileState
@@ -48,6 +52,9 @@ LOCK_SECONDS = 3.0
 NESTING = 40
 KEPT = ("prompt_tokens", "completion_tokens", "finish", "malformed", "truncated", "logprob")
 """What is recorded of a reply beside its message."""
+FACTORS = ("outcome", "stopped", "intact")
+"""Whose product is the reward."""
+SURROGATE = re.compile(r"\\ud[89a-f]")
 PACKAGES = ("pytest", "pytest-xdist", "torch", "transformers", "peft", "tokenizers", "vllm")
 SECRET = re.compile(r"api.?key|token$|password|passwd|secret|credential|authorization", re.IGNORECASE)
 URL_USER = re.compile(r"(?<=://)[^/\s@]*@")
@@ -293,11 +300,12 @@ def record(
     group: str,
     chosen: bool = True,
     candidate: int = 0,
+    rerun: int = 0,
 ) -> dict[str, Any]:
     """The record of an episode that has just ended.
 
-    ``reward`` and ``passed`` are None when the episode is invalid.  With best-of-N every candidate has a
-    record, numbered by ``candidate``; the one that was picked is ``chosen``.
+    With best-of-N every candidate has a record, numbered by ``candidate``; the one that was picked is
+    ``chosen``.  ``rerun`` counts how often the session had played the cell before.
     """
     instance, condition, score = episode.instance, episode.condition, episode.score
     started = datetime.fromtimestamp(time.time() - episode.seconds, UTC)
@@ -319,17 +327,13 @@ def record(
         "sample": cell.sample,
         "candidate": candidate,
         "chosen": chosen,
+        "rerun": rerun,
         "outcome": episode.outcome,
         "stop": episode.stop,
         "detail": episode.detail,
-        "reward": score.reward if score else None,
-        "passed": score.passed if score else None,
-        "checks": [
-            {"name": check.name, "value": check.value, "detail": check.detail}
-            for check in (score.checks if score else ())
-        ],
+        **scored(score),
         "answer": episode.answer,
-        "messages": [message.to_dict() for message in episode.messages],
+        "messages": list(map(_message, episode.messages)),
         "replies": _replies(episode.replies),
         "files": _files(episode.after),
         "started": started.isoformat(timespec="milliseconds"),
@@ -337,39 +341,96 @@ def record(
     }
 
 
+def scored(score: Score | None) -> dict[str, Any]:
+    """What a record says of a score; all of it is None, and ``checks`` empty, when the episode is invalid."""
+    if score is None:
+        return {"reward": None, "passed": None, "factors": None, "checks": []}
+    return {
+        "reward": float(score.reward),
+        "passed": score.passed,
+        "factors": {name: float(getattr(score, name)) for name in FACTORS},
+        "checks": [
+            {"name": check.name, "value": float(check.value), "detail": str(check.detail)}
+            for check in score.checks
+        ],
+    }
+
+
 def restore(record: Mapping[str, Any], instance: Instance) -> Episode:
-    """The episode of a record: all that scores, reports and training ask of it."""
-    messages = tuple(map(Message.from_dict, record["messages"]))
-    spoken = [message for message in messages if message.role == "assistant"]
-    checks = tuple(Check(**check) for check in record["checks"])
+    """The episode of a record: all that scores, reports and training ask of it.  Raises RecordsError."""
+    with of_this_version():
+        return _restored(record, instance)
+
+
+@contextlib.contextmanager
+def of_this_version() -> Iterator[None]:
+    """Turn what goes wrong in reading a foreign record into a RecordsError: what it lacks."""
+    try:
+        yield
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise RecordsError(
+            f"a record is not of this version ({type(error).__name__}: {error}): update pytest-pocket, or record anew"
+        ) from error
+
+
+def _restored(record: Mapping[str, Any], instance: Instance) -> Episode:
+    spoken = messages(record)
+    score = record["factors"] and Score(
+        tuple(Check(**check) for check in record["checks"]), **record["factors"]
+    )
     return Episode(
         instance=instance,
         condition=Condition(record["prompt"], record["think"], record["temperature"], record["best_of"]),
-        messages=messages,
+        messages=spoken,
         replies=tuple(
             ChatReply(
                 content=message.content,
                 thinking=message.thinking,
                 calls=message.calls,
                 **{key: reply[key] for key in KEPT},
-                evidence=reply["evidence"],
+                evidence=json.loads(reply["evidence"]),
             )
-            for message, reply in zip(spoken, record["replies"], strict=True)
+            for message, reply in zip(
+                (message for message in spoken if message.role == "assistant"), record["replies"], strict=True
+            )
         ),
         outcome=record["outcome"],
         stop=record["stop"],
-        # The factors of the reward are not recorded, only their product.
-        score=None if record["reward"] is None else Score(checks, record["reward"], 1.0, 1.0),
+        score=score,
         answer=record["answer"],
-        after={path: _state(data) for path, data in record["files"].items()},
+        after=files(record),
         seconds=record["seconds"],
         detail=record["detail"],
     )
 
 
-def _state(data: Mapping[str, Any]) -> FileState:
-    content = data["text"].encode() if "text" in data else base64.b64decode(data["base64"])
-    return FileState(data["kind"], content, data.get("executable", False))
+def messages(record: Mapping[str, Any]) -> tuple[Message, ...]:
+    """The conversation of a record."""
+    return tuple(
+        Message(
+            said["role"],
+            said["content"],
+            thinking=said["reasoning_content"],
+            calls=tuple(
+                ToolCall(call["function"]["name"], json.loads(call["function"]["arguments"]))
+                for call in said["tool_calls"]
+            ),
+            name=said["name"],
+        )
+        for said in record["messages"]
+    )
+
+
+def files(record: Mapping[str, Any]) -> dict[str, FileState]:
+    """The final workspace of a record, by path; see ``cut_from_bytes`` for files of which only a part was kept."""
+    return {
+        data["path"]: FileState(
+            data["kind"],
+            base64.b64decode(data["content"]) if data["encoding"] == "base64" else data["content"].encode(),
+            data["executable"],
+        )
+        for data in record["files"]
+    }
 
 
 def describe(
@@ -425,12 +486,21 @@ def without_secrets(value: Any) -> Any:
 
 
 def to_line(data: Mapping[str, Any], indent: int | None = None) -> bytes:
-    """Strict JSON in ASCII, whatever the strings hold (lone surrogates too), and a newline."""
-    try:
-        text = json.dumps(data, allow_nan=False, indent=indent)
-    except (TypeError, ValueError, RecursionError):
-        text = json.dumps(_plain(data), allow_nan=False, indent=indent)
+    """Strict JSON in ASCII, whatever the strings hold, and a newline.
+
+    A lone surrogate becomes U+FFFD: Python's is the only JSON reader that takes one.
+    """
+    text = _dumps(data, indent)
+    if SURROGATE.search(text):
+        text = json.dumps(_unicode(json.loads(text)), indent=indent)
     return text.encode("ascii") + b"\n"
+
+
+def _dumps(data: Any, indent: int | None = None) -> str:
+    try:
+        return json.dumps(data, allow_nan=False, indent=indent)
+    except (TypeError, ValueError, RecursionError):
+        return json.dumps(_plain(data), allow_nan=False, indent=indent)
 
 
 def _plain(value: Any, depth: int = 0) -> Any:
@@ -446,11 +516,22 @@ def _plain(value: Any, depth: int = 0) -> Any:
     return str(value)
 
 
+def _unicode(value: Any) -> Any:
+    """The same JSON value without lone surrogates."""
+    if isinstance(value, dict):
+        return {_unicode(key): _unicode(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return list(map(_unicode, value))
+    if isinstance(value, str):
+        return value.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+    return value
+
+
 def token_ids(record: Mapping[str, Any]) -> list[tuple[list[int], list[int]]]:
     """The prompt's and the completion's token ids of each reply, from engines that give them."""
     found: list[tuple[list[int], list[int]]] = []
     for reply in record["replies"]:
-        if "completion_ids" in reply:
+        if reply["completion_ids"]:
             before = [*found[-1][0], *found[-1][1]] if found else []
             prompt = before[: reply["prompt_ids_shared"]] + reply["prompt_ids"]
             found.append((prompt, reply["completion_ids"]))
@@ -463,35 +544,56 @@ def _replies(replies: Iterable[ChatReply]) -> list[dict[str, Any]]:
     before: tuple[int, ...] = ()
     for reply in replies:
         data: dict[str, Any] = {key: getattr(reply, key) for key in KEPT}
-        data["evidence"] = dict(reply.evidence)
+        data["evidence"] = _dumps(dict(reply.evidence))
+        shared = 0
+        prompt: Sequence[int] = ()
         if reply.completion_ids:
             shared = len(os.path.commonprefix([before, reply.prompt_ids]))  # noqa: RUF071 - of tuples
-            data["prompt_ids_shared"] = shared
-            data["prompt_ids"] = list(reply.prompt_ids[shared:])
-            data["completion_ids"] = list(reply.completion_ids)
+            prompt = reply.prompt_ids[shared:]
             before = reply.prompt_ids + reply.completion_ids
+        data["prompt_ids_shared"] = shared
+        data["prompt_ids"] = list(prompt)
+        data["completion_ids"] = list(reply.completion_ids)
         found.append(data)
     return found
 
 
-def _files(states: Mapping[str, FileState]) -> dict[str, dict[str, Any]]:
-    """The final workspace by path.  A file over the caps keeps its beginning, and says how long it was."""
-    files: dict[str, dict[str, Any]] = {}
+def _message(message: Message) -> dict[str, Any]:
+    """A message in the OpenAI shape, every key in its place."""
+    return {
+        "role": message.role,
+        "content": message.content,
+        "reasoning_content": message.thinking,
+        "tool_calls": [
+            {"type": "function", "function": {"name": call.name, "arguments": _dumps(dict(call.arguments))}}
+            for call in message.calls
+        ],
+        "name": message.name,
+    }
+
+
+def _files(states: Mapping[str, FileState]) -> list[dict[str, Any]]:
+    """The final workspace.  A file over the caps keeps its beginning, and says how long it was (else 0)."""
+    found = []
     room = EPISODE_BYTES
     for path, state in sorted(states.items()):
         kept = state.content[: min(FILE_BYTES, room)]
         room -= len(kept)
-        data: dict[str, Any] = {"kind": state.kind}
         try:
-            data["text"] = kept.decode()
+            encoding, content = "utf-8", kept.decode()
         except UnicodeDecodeError:
-            data["base64"] = base64.b64encode(kept).decode()
-        if len(kept) < len(state.content):
-            data["cut_from_bytes"] = len(state.content)
-        if state.executable:
-            data["executable"] = True
-        files[path] = data
-    return files
+            encoding, content = "base64", base64.b64encode(kept).decode()
+        found.append(
+            {
+                "path": path,
+                "kind": state.kind,
+                "encoding": encoding,
+                "content": content,
+                "cut_from_bytes": len(state.content) if len(kept) < len(state.content) else 0,
+                "executable": state.executable,
+            }
+        )
+    return found
 
 
 def _model(model: Model) -> dict[str, Any]:

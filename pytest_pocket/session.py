@@ -137,8 +137,9 @@ class Session:
                 group=task_list.find(cell.task).group,
                 chosen=candidate == done.chosen,
                 candidate=candidate,
+                rerun=rerun,
             )
-            run.append({**line, "rerun": rerun})
+            run.append(line)
         return done
 
     def serve(self) -> dict[str, str | bytes]:

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from pytest_pocket import records
@@ -54,9 +54,10 @@ def test_a_run_reads_back_as_it_was_written(tmp_path: Path) -> None:
     record = recorded(ended())
     run.append(record)
     assert records.load(run.directory) == (INFO, [record])
-    assert record["files"]["a.txt"] == {"kind": "file", "text": "a\n", "executable": True}
-    assert record["replies"][1]["completion_ids"] == [1, 2]
-    assert "completion_ids" not in record["replies"][0]
+    assert record["files"][0] == {
+        "path": "a.txt", "kind": "file", "encoding": "utf-8", "content": "a\n", "cut_from_bytes": 0, "executable": True,
+    }  # fmt: skip
+    assert [reply["completion_ids"] for reply in record["replies"]] == [[], [1, 2]]
     assert (record["split"], record["unseen"], record["reward"], record["passed"]) == (
         "train",
         ["wording"],
@@ -104,13 +105,36 @@ def test_an_invalid_episode_has_no_reward() -> None:
 
 @settings(deadline=None)
 @given(text=ANYTHING, content=st.binary())
+@example(text="\ud800 \ude00 \ud83d\ude00 \U0001f600 \x00 \u2028", content=b"\xff")
 def test_any_text_and_any_bytes_survive(text: str, content: bytes) -> None:
     line = records.to_line(recorded(ended(text, content)))
     back = json.loads(line)
     assert line.count(b"\n") == 1
-    assert back["answer"] == text
-    file = back["files"]["a.txt"]
-    assert file.get("text", "").encode() == content or "base64" in file
+    back["answer"].encode()  # no lone surrogate, which only Python would read
+    assert back["answer"] == text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    assert records.files(back)["a.txt"].content == content
+    arguments = json.loads(
+        json.dumps({"file_path": text})
+    )  # two surrogates that make a pair become one character
+    assert records.messages(back)[-2].calls[0].arguments == arguments
+
+
+@given(text=st.text(), content=st.binary())
+def test_a_restored_episode_is_the_one_that_was_recorded(text: str, content: bytes) -> None:
+    episode = ended(text, content)
+    back = records.restore(json.loads(records.to_line(recorded(episode))), episode.instance)
+    # Token ids are for training, which asks token_ids.
+    assert back == replace(
+        episode, replies=tuple(replace(reply, prompt_ids=(), completion_ids=()) for reply in episode.replies)
+    )
+
+
+def test_a_foreign_record_is_one_clear_line() -> None:
+    episode = ended()
+    for broken in ({}, {**recorded(episode), "messages": [{}]}, {**recorded(episode), "factors": 3}):
+        with pytest.raises(records.RecordsError, match="a record is not of this version") as caught:
+            records.restore(broken, episode.instance)
+        assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("odd", [float("nan"), float("inf"), {1, 2}, object(), {("a",): 1}])
@@ -127,8 +151,8 @@ def test_endless_nesting_is_cut() -> None:
 
 
 def test_a_long_file_is_cut_with_a_mark() -> None:
-    file = recorded(ended(content=b"x" * (records.FILE_BYTES + 5)))["files"]["a.txt"]
-    assert len(file["text"]) == records.FILE_BYTES
+    file = recorded(ended(content=b"x" * (records.FILE_BYTES + 5)))["files"][0]
+    assert len(file["content"]) == records.FILE_BYTES
     assert file["cut_from_bytes"] == records.FILE_BYTES + 5
 
 
