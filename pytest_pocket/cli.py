@@ -279,10 +279,11 @@ def _one_line(run: Path, *errors: type[Exception]) -> Iterator[None]:
     """What the user can mend, in one line: these errors, and those of the records."""
     from pytest_pocket.records import RecordsError
 
+    expected: tuple[type[Exception], ...] = (RecordsError, *errors)
     try:
         with _foreign_records(run):
             yield
-    except (RecordsError, *errors) as error:
+    except expected as error:
         _stop(error)
 
 

@@ -69,7 +69,7 @@ def write(path: Path, data: bytes) -> None:
 
 def _sft(found: Sequence[Row], left_out: Counter[str]) -> list[Row]:
     """The conversations of the episodes that passed, each once."""
-    rows = {}
+    rows: dict[str, Row] = {}
     for record in _trainable(found, left_out):
         if not record["passed"]:
             left_out["not passed"] += 1
@@ -87,7 +87,7 @@ def _dpo(found: Sequence[Row], left_out: Counter[str]) -> list[Row]:
         groups.setdefault(tuple(record[key] for key in ("task", "seed", "prompt", "think")), []).append(
             record
         )
-    rows = {}
+    rows: dict[str, Row] = {}
     for group in groups.values():
         # Of several that score as high, the shortest.
         best = max(group, key=lambda record: (record["reward"], -len(_spoken(record))))
