@@ -532,7 +532,7 @@ def _roomy_layer() -> Any:
     """The class of a cache layer with room ahead: the stock one copies all of itself at every token."""
     from transformers.cache_utils import DynamicLayer
 
-    class RoomyLayer(DynamicLayer):
+    class RoomyLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         rooms: tuple[Any, Any] = (None, None)
 
         def update(self, key_states: Any, value_states: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
@@ -545,11 +545,12 @@ def _roomy_layer() -> Any:
 
         def take(self, order: Sequence[int]) -> None:
             """Row ``order[i]`` becomes row i; no row that moves is one that another has moved to."""
-            for held in (self.keys, self.values):
+            both: list[Any] = [self.keys, self.values]
+            for held in both:
                 for new, old in enumerate(order):
                     if new != old:
                         held[new] = held[old]
-            self.keys, self.values = self.keys[: len(order)], self.values[: len(order)]
+            self.keys, self.values = (held[: len(order)] for held in both)
 
     return RoomyLayer
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
@@ -113,7 +113,7 @@ def against(before: Sequence[Row], after: Sequence[Row], metric: Metric = reward
     for side, rows in zip(sides, (before, after), strict=True):
         for row in rows:
             side.setdefault(_named(row), []).append(row)
-    found = []
+    found: list[_Found] = []
     for name in sides[0].keys() & sides[1].keys():
         result, dropped, bounds = _compared(sides[0][name], sides[1][name], metric)
         found.append((name, "before", "after", {}, result, dropped, bounds))
@@ -138,7 +138,8 @@ def _compared(
     sides = [{instance(row): row for row in rows} for rows in (first, second)]
     both = sides[0].keys() & sides[1].keys()
     whole = [key for key in both if valid(sides[0][key]) and valid(sides[1][key])]
-    result = statistics.compare(*({key: metric(side[key]) for key in whole} for side in sides))
+    one, other = ({key: metric(side[key]) for key in whole} for side in sides)
+    result = statistics.compare(one, other)
     if result is None:
         raise ComparisonError(
             f"{_named(first[0])} and {_named(second[0])} have no valid instance in common: "
@@ -163,6 +164,11 @@ def instance(row: Row) -> tuple[str, object]:
     return str(row["task"]), (row["seed"], row["sample"])
 
 
+def side(rows: Iterable[Row], metric: Metric) -> Side:
+    """One side of a comparison over instances, repeats and prompts."""
+    return {(task, (drawn, row["prompt"])): metric(row) for row in rows for task, drawn in [instance(row)]}
+
+
 def _named(row: Row) -> str:
     think = "think" if row["think"] == "on" else "no-think"
     best_of = f" best of {row['best_of']}" if row["best_of"] > 1 else ""
@@ -180,15 +186,7 @@ def ranks(lines: Mapping[Any, Sequence[Row]], metric: Metric = reward) -> dict[A
         sum(not valid(row) for row in rows) > statistics.INVALID_SHARE * len(rows) for rows in lines.values()
     ):
         return nothing
-    sides: dict[Any, Side] = {
-        name: {
-            (task, (drawn, row["prompt"])): metric(row)
-            for row in rows
-            if valid(row)
-            for task, drawn in [instance(row)]
-        }
-        for name, rows in lines.items()
-    }
+    sides = {name: side(filter(valid, rows), metric) for name, rows in lines.items()}
     pairs = list(combinations(sides, 2))
     compared = [statistics.compare(sides[one], sides[other]) for one, other in pairs]
     if None in compared:

@@ -516,10 +516,19 @@ def to_line(data: Mapping[str, Any], indent: int | None = None) -> bytes:
 
 
 def _dumps(data: Any, indent: int | None = None) -> str:
-    try:
-        return json.dumps(data, allow_nan=False, indent=indent)
-    except (TypeError, ValueError, RecursionError):
-        return json.dumps(_plain(data), allow_nan=False, indent=indent)
+    # From Python 3.12 on, json writes what an older one cannot read back.
+    if not _too_deep(data):
+        with contextlib.suppress(TypeError, ValueError):
+            return json.dumps(data, allow_nan=False, indent=indent)
+    return json.dumps(_plain(data), allow_nan=False, indent=indent)
+
+
+def _too_deep(value: Any, depth: int = 0) -> bool:
+    if isinstance(value, Mapping):
+        value = value.values()
+    elif not isinstance(value, list | tuple):
+        return False
+    return depth > NESTING or any(_too_deep(item, depth + 1) for item in value)
 
 
 def _plain(value: Any, depth: int = 0) -> Any:

@@ -14,6 +14,7 @@ import textwrap
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import combinations
 from typing import Any, Literal, get_args
 
 from rich import box
@@ -310,11 +311,9 @@ def _notes(rows: Sequence[Row]) -> list[str]:
         )
     elif count == 1:
         notes.append("One task says nothing of tasks in general: no interval is given.")
-    if found := _smallest_differences(rows):
+    for what, found in _smallest_differences(rows).items():
         extent = " to ".join(dict.fromkeys(f"{difference:.3f}" for difference in (min(found), max(found))))
-        notes.append(
-            f"Smallest full - raw difference in reward that this design finds 4 times in 5: {extent}."
-        )
+        notes.append(f"Smallest {what} in reward that this design finds 4 times in 5: {extent}.")
     invalid = len(rows) - len(_valid(rows))
     if invalid:
         share = f"{invalid} of {len(rows)} episodes ({invalid / len(rows):.1%}) are invalid and in no mean"
@@ -323,9 +322,23 @@ def _notes(rows: Sequence[Row]) -> list[str]:
     return notes
 
 
-def _smallest_differences(rows: Sequence[Row]) -> list[float]:
-    gaps = [_gap(mine, REWARD) for mine in _subjects(rows).values()]
-    return [smallest for gap in gaps if gap and (smallest := statistics.smallest_difference(gap)) > 0]
+def _smallest_differences(rows: Sequence[Row]) -> dict[str, list[float]]:
+    """What this design can find, by what is compared: prompts, lines of the table, else a line and a fixed value."""
+    lines = list(_subjects(rows).values())
+    found: dict[str, list[statistics.Estimate | None]] = {
+        "full - raw difference": [_gap(mine, REWARD) for mine in lines],
+        "difference between two lines": [
+            statistics.paired(one, other)
+            for one, other in combinations([comparison.side(_valid(mine), reward) for mine in lines], 2)
+        ],
+    }
+    if not any(found["full - raw difference"]) and len(lines) == 1:
+        found = {"difference from a fixed value": [_mean(_valid(rows), REWARD)]}
+    sizes = {
+        what: [size for each in estimates if each and (size := statistics.smallest_difference(each)) > 0]
+        for what, estimates in found.items()
+    }
+    return {what: each for what, each in sizes.items() if each}
 
 
 def _by_task(rows: Sequence[Row]) -> _Grid:

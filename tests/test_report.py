@@ -172,6 +172,19 @@ def test_an_instance_that_lost_a_sample_is_not_in_pass_at_k() -> None:
     assert re.search(r"pass\^2 +1\.000", report.render(rows, 100))
 
 
+def test_the_smallest_difference_stands_under_every_table() -> None:
+    def found(rows: list[dict[str, Any]]) -> list[str]:
+        return re.findall(r"Smallest (.+?) in\s+reward", report.render(rows, 200))
+
+    one = [make(task=task, prompt="raw") for task, make in zip("abcd", [row, row, failed, row], strict=True)]
+    other = [{**each, "model": "other", "reward": 0.5 * (n % 2)} for n, each in enumerate(one)]
+    full = [failed(task=task, prompt="full") for task in "abcd"]
+    assert found(one) == ["difference from a fixed value"]
+    assert found(one + other) == ["difference between two lines"]
+    assert found(one + full) == ["full - raw difference"]
+    assert found(one + full + other) == ["full - raw difference", "difference between two lines"]
+
+
 def test_no_rows_is_a_line() -> None:
     assert report.render([], 80) == report.tasks([], 80) == report.markdown([]) == "no episodes\n"
 

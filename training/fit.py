@@ -112,7 +112,9 @@ def copies(tokenizer: Any, seed: int, whole: int = 0) -> Iterator[Rendered]:
     never a target comes to be one that is never said.
     """
     choice = random.Random(seed)
-    vocabulary = sorted(token for token in tokenizer.get_vocab() if token.isascii() and token.isalnum())
+    vocabulary: list[str] = sorted(
+        token for token in tokenizer.get_vocab() if token.isascii() and token.isalnum()
+    )
     joints = list("/._-: `\n")
 
     def encode(text: str) -> list[int]:
