@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import shutil
 import sys
 from collections.abc import Iterator, Mapping
@@ -29,7 +30,6 @@ RESULT_LINES = 20
 app = typer.Typer(
     help="How far can a very small language model go as a coding agent? Run it with pytest; look at it here.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
 
@@ -180,15 +180,132 @@ def compare(
         typer.echo(report.compared(pairs, shutil.get_terminal_size().columns, ascii_only=_plain()))
 
 
+@app.command()
+def rescore(
+    run: Annotated[Path, typer.Argument(help="A run directory.")],
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Write a new run directory with today's rewards.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    sandbox: Annotated[str, typer.Option(help="Where hidden tests run, as --pocket-sandbox.")] = "auto",
+) -> None:
+    """Replay the saved final states of a run through today's rewards, and say what changes."""
+    from pytest_pocket import rescore as rescoring
+    from pytest_pocket import sandbox as sandboxes
+    from pytest_pocket.episode import Workshop
+    from pytest_pocket.sandbox import SandboxError, SandboxUnavailable
+
+    info, found = _run(run)
+    if output:
+        _refuse_existing(output)
+    with _one_line(run, SandboxError, SandboxUnavailable, ValueError):
+        results = list(rescoring.rescore(found, Workshop(sandboxes.select(sandbox))))
+        if output:
+            rescoring.write(output, run, info, results)
+    typer.echo(json.dumps(rescoring.summary(results), indent=2) if as_json else rescoring.render(results))
+
+
+@app.command()
+def export(
+    run: Annotated[Path, typer.Argument(help="A run directory, or its episodes.jsonl.")],
+    kind: Annotated[str, typer.Option("--as", help="sft, dpo, jsonl or parquet.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The file to write.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Make a file of a run: training data for TRL (sft, dpo), or one flat row an episode (jsonl, parquet)."""
+    from pytest_pocket import export as exporting
+
+    if kind not in exporting.KINDS:
+        _stop(f"--as {kind!r}: choose from {', '.join(exporting.KINDS)}")
+    found = _load(run)
+    _refuse_existing(output)
+    with _one_line(run, exporting.ExportError):
+        made = exporting.export(found, kind)
+        exporting.write(output, made.data)
+    if as_json:
+        typer.echo(
+            json.dumps({"output": str(output), "rows": made.rows, "left_out": made.left_out}, indent=2)
+        )
+    else:
+        typer.echo(_counted(f"{made.rows} rows in {output}", made.left_out))
+
+
+@app.command()
+def merge(
+    runs: Annotated[
+        list[Path], typer.Argument(help="Run directories: of shards, say, or of several machines.")
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The run directory to write.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Join runs that were played alike to one, and say what was left out."""
+    from pytest_pocket import merge as merging
+    from pytest_pocket import records
+
+    parts = [merging.Part(run, *_run(run)) for run in runs]
+    _refuse_existing(output)
+    with _one_line(runs[0], merging.MergeError):
+        merged = merging.merge(parts)
+        records.write(output, merged.info, merged.found)
+    if as_json:
+        said = {"output": str(output), "episodes": len(merged.found), "left_out": merged.left_out}
+        typer.echo(json.dumps({**said, "merged": merged.info["merged"]}, indent=2))
+    else:
+        typer.echo(_counted(f"{len(merged.found)} episodes in {output}", merged.left_out))
+
+
+@app.command()
+def schema(
+    name: Annotated[str, typer.Argument(help="run: of run.json; episode: of one line of episodes.jsonl.")],
+) -> None:
+    """Print the JSON Schema of a run's files."""
+    from pytest_pocket import schemas
+
+    if name not in schemas.NAMES:
+        _stop(f"unknown schema {name!r}: choose from {', '.join(schemas.NAMES)}")
+    typer.echo(schemas.text(name), nl=False)
+
+
+def _counted(done: str, left_out: Mapping[str, int]) -> str:
+    """What was done, and what was left out by reason, on one harmless line."""
+    from pytest_pocket.report import printable
+
+    reasons = "; ".join(f"{count} {reason}" for reason, count in left_out.items() if count)
+    return printable(f"{done}; left out: {reasons}" if reasons else done)
+
+
+@contextmanager
+def _one_line(run: Path, *errors: type[Exception]) -> Iterator[None]:
+    """What the user can mend, in one line: these errors, and those of the records."""
+    from pytest_pocket.records import RecordsError
+
+    expected: tuple[type[Exception], ...] = (RecordsError, *errors)
+    try:
+        with _foreign_records(run):
+            yield
+    except expected as error:
+        _stop(error)
+
+
+def _refuse_existing(output: Path) -> None:
+    if os.path.lexists(output):
+        _stop(f"{output} exists: give another --output")
+
+
 def _load(run: Path) -> list[dict[str, Any]]:
     """The records of a run directory, or of its ``episodes.jsonl``."""
+    return _run(run)[1]
+
+
+def _run(run: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """What a run directory holds, given by its name or that of its ``episodes.jsonl``."""
     from pytest_pocket import records
 
     try:
-        found = records.load(run.parent if run.name == records.EPISODES else run)[1]
+        info, found = records.load(run.parent if run.name == records.EPISODES else run)
     except records.RecordsError as error:
         _stop(error)
-    return found or _stop(f"{run} holds no episodes: nothing has finished there")
+    return info, found or _stop(f"{run} holds no episodes: nothing has finished there")
 
 
 def _plain() -> bool:

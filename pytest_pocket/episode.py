@@ -131,6 +131,20 @@ def reply_seed(seed: int, instance: Instance, sample: int, turn: int) -> int:
     return int.from_bytes(hashlib.blake2b(key, digest_size=6).digest())
 
 
+def prepared(instance: Instance, workshop: Workshop) -> Sandbox:
+    """A sandbox with the instance in it, as a model finds it.  Raises SandboxError, Cancelled."""
+    sandbox = workshop.open(instance.files)
+    try:
+        if instance.setup and (made := sandbox.run(instance.setup)).status:
+            raise SandboxError(
+                f"the setup of {instance.task}:{instance.seed} failed: {made.output.decode(errors='replace')}"
+            )
+    except BaseException:
+        workshop.close(sandbox)
+        raise
+    return sandbox
+
+
 def play(
     task: Task,
     instance: Instance,
@@ -175,11 +189,7 @@ def play(
 
     sandbox: Sandbox | None = None
     try:
-        sandbox = workshop.open(instance.files)
-        if instance.setup and (made := sandbox.run(instance.setup)).status:
-            raise SandboxError(
-                f"the setup of {instance.task}:{instance.seed} failed: {made.output.decode(errors='replace')}"
-            )
+        sandbox = prepared(instance, workshop)
         before = sandbox.snapshot()
         sampling = Sampling(condition.temperature, 0, condition.think, 0)
         stop = ""
@@ -238,7 +248,7 @@ def play(
         answer = replies[-1].content if stop == "answer" else ""
         final = Final(answer, before, after, stop == "answer", calls, workshop.probe)
         score = task.reward(instance, final)
-        return end(_ledger(score, stop, calls), stop, score, after)
+        return end(ledger(score, stop, calls), stop, score, after)
     except (EngineError, SandboxError) as error:
         if workshop.cancelled:
             raise Cancelled from error
@@ -248,7 +258,7 @@ def play(
             workshop.close(sandbox)
 
 
-def _ledger(score: Score, stop: str, calls: int) -> Ending:
+def ledger(score: Score, stop: str, calls: int) -> Ending:
     """The one name for how a valid episode ended."""
     if score.passed:
         return "passed"

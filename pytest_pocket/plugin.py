@@ -273,7 +273,8 @@ class Playing:
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
         """Leave out what other shards play."""
         if shard := self.session.options.shard:
-            kept, others = [], []
+            kept: list[pytest.Item] = []
+            others: list[pytest.Item] = []
             for item in items:
                 theirs = any(not shard.holds(cell.task, cell.run) for cell in _cells([item]))
                 (others if theirs else kept).append(item)

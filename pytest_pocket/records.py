@@ -206,34 +206,41 @@ CellKey = tuple[str, str, str, bool, float, int, int, int]
 """Task, model, prompt, think, temperature, best-of, run, sample."""
 
 
-def finished(directory: Path) -> dict[CellKey, list[dict[str, Any]]]:
+def by_cell(found: Iterable[Mapping[str, Any]]) -> dict[CellKey, list[Mapping[str, Any]]]:
+    """All records of each cell, in their order.  Raises KeyError for a foreign one."""
+    cells: dict[CellKey, list[Mapping[str, Any]]] = {}
+    for each in found:
+        key = (
+            each["task"],
+            each["model"],
+            each["prompt"],
+            each["think"],
+            each["temperature"],
+            each["best_of"],
+            each["run"],
+            each["sample"],
+        )
+        cells.setdefault(key, []).append(each)
+    return cells
+
+
+def last_attempt(found: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The candidates, in their order, of the last attempt at a cell; none unless it is whole and valid."""
+    candidates: dict[int, Mapping[str, Any]] = {}
+    for each in found:
+        if each["candidate"] == 0:
+            candidates = {}  # a rerun: what was played before no longer counts
+        candidates[each["candidate"]] = each
+    whole = all(candidates.keys() == set(range(each["best_of"])) for each in candidates.values())
+    valid = all(each["outcome"] not in INVALID for each in candidates.values() if each["chosen"])
+    return [candidates[number] for number in sorted(candidates)] if whole and valid else []
+
+
+def finished(directory: Path) -> dict[CellKey, list[Mapping[str, Any]]]:
     """The valid attempts that a run holds, by cell: the records of all candidates, in their order."""
-    found: dict[CellKey, dict[int, dict[str, Any]]] = {}
-    for each in load(directory)[1]:
-        try:
-            key = (
-                each["task"],
-                each["model"],
-                each["prompt"],
-                each["think"],
-                each["temperature"],
-                each["best_of"],
-                each["run"],
-                each["sample"],
-            )
-            if each["candidate"] == 0:
-                found[key] = {}  # a rerun: what was played before no longer counts
-            found.setdefault(key, {})[each["candidate"]] = each
-        except KeyError as missing:
-            raise RecordsError(
-                f"a record in {directory} has no {missing}: it is not of this version"
-            ) from None
-    return {
-        key: [candidates[number] for number in range(key[5])]
-        for key, candidates in found.items()
-        if candidates.keys() == set(range(key[5]))
-        and all(each["outcome"] not in INVALID for each in candidates.values() if each["chosen"])
-    }
+    with of_this_version(f"a record in {directory}"):
+        cells = by_cell(load(directory)[1])
+        return {key: attempt for key, found in cells.items() if (attempt := last_attempt(found))}
 
 
 def _own(directory: Path) -> Run:
@@ -266,6 +273,18 @@ def _lock(directory: Path, kind: int) -> int:
                     f"another session is writing to {directory}: wait for its end, or choose another --pocket-records"
                 ) from None
             time.sleep(0.1)
+
+
+def write(directory: Path, info: Mapping[str, Any], found: Iterable[Mapping[str, Any]]) -> None:
+    """A whole run at once, made of others, in a directory that is new or empty.  Raises RecordsError."""
+    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        raise RecordsError(f"{directory} exists: give -o a new directory")
+    run = start(directory, info)
+    try:
+        for each in found:
+            run.append(each)
+    finally:
+        run.close()
 
 
 def join(directory: Path) -> Run:
@@ -363,13 +382,13 @@ def restore(record: Mapping[str, Any], instance: Instance) -> Episode:
 
 
 @contextlib.contextmanager
-def of_this_version() -> Iterator[None]:
-    """Turn what goes wrong in reading a foreign record into a RecordsError: what it lacks."""
+def of_this_version(what: str = "a record") -> Iterator[None]:
+    """Turn what goes wrong in reading something foreign into a RecordsError that says what it lacks."""
     try:
         yield
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise RecordsError(
-            f"a record is not of this version ({type(error).__name__}: {error}): update pytest-pocket, or record anew"
+            f"{what} is not of this version ({type(error).__name__}: {error}): update pytest-pocket, or record anew"
         ) from error
 
 

@@ -48,7 +48,7 @@ class Session:
         self._server: Server | None = None
         self._cancelled = False
         self._played: dict[Cell, int] = {}
-        self._kept: dict[records.CellKey, list[dict[str, Any]]] = {}
+        self._kept: dict[records.CellKey, list[Mapping[str, Any]]] = {}
 
     def cells(self, task: str) -> list[Cell]:
         """The cells of a task: model by model, condition by condition, then runs and samples."""

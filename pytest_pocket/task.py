@@ -161,8 +161,8 @@ class Score:
         return self.reward == 1.0
 
 
-# Git rewrites its index when it merely looks (a status refreshes it): not the model's doing.
-_NOT_DAMAGE = frozenset({".git/index"})
+NOT_DAMAGE = frozenset({".git/index"})
+"""Git rewrites its index when it merely looks (a status refreshes it): not the model's doing."""
 
 
 def score(final: Final, *checks: Check, may_change: Sequence[str] = ()) -> Score:
@@ -170,7 +170,7 @@ def score(final: Final, *checks: Check, may_change: Sequence[str] = ()) -> Score
 
     ``may_change`` are the paths that the task asked to change, create or delete.
     """
-    ignored = _NOT_DAMAGE.union(may_change)
+    ignored = NOT_DAMAGE.union(may_change)
     paths = (final.before.keys() | final.after.keys()) - ignored
     damaged = sorted(path for path in paths if final.before.get(path) != final.after.get(path))
     outcome = sum(check.value for check in checks) / len(checks)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -117,6 +118,7 @@ def test_a_trace_is_readable_and_harmless(run: Path) -> None:
         (("train", "fly"), "unknown training stage 'fly': choose from data, tokenizer, pretrain, sft"),
         (("train",), "unknown training stage ''"),
         (("lisst",), "No such command"),
+        (("schema", "table"), "unknown schema 'table': choose from run, episode"),
         (("show",), "Missing argument"),
     ],
 )
@@ -132,7 +134,18 @@ def test_a_task_that_the_run_lacks_names_those_it_has(run: Path) -> None:
     assert "it holds list_files, read_value" in text
 
 
-@pytest.mark.parametrize("command", ["show", "compare"])
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("show", "RUN"),
+        ("show", "RUN", "--trace"),
+        ("compare", "RUN"),
+        ("rescore", "RUN", "-o", "OUT"),
+        ("merge", "RUN", "RUN", "-o", "OUT"),
+        *(("export", "RUN", "--as", kind, "-o", "OUT") for kind in ("sft", "dpo", "jsonl", "parquet")),
+    ],
+    ids=" ".join,
+)
 @pytest.mark.parametrize(
     ("line", "said"),
     [
@@ -143,12 +156,43 @@ def test_a_task_that_the_run_lacks_names_those_it_has(run: Path) -> None:
         ("{\n", "is not JSON"),
     ],
 )
-def test_records_that_cannot_be_read_are_one_line(command: str, line: str, said: str, run: Path) -> None:
+def test_records_that_cannot_be_read_are_one_line(
+    command: tuple[str, ...], line: str, said: str, run: Path
+) -> None:
     (run / records.EPISODES).write_text(line)
-    status, text = pocket(command, str(run))
+    places = {"RUN": str(run), "OUT": str(run.with_name("out"))}
+    status, text = pocket(*(places.get(word, word) for word in command))
     assert status == 2
     assert said in text
     assert text.count("\n") == 1
+    assert not run.with_name("out").exists()
+    assert (run / records.EPISODES).read_text() == line
+
+
+@pytest.mark.parametrize("name", ["run", "episode"])
+def test_schema_prints_a_json_schema(name: str) -> None:
+    status, text = pocket("schema", name)
+    assert status == 0
+    assert json.loads(text)["$schema"] == "https://json-schema.org/draft/2020-12/schema"
+
+
+def test_the_shell_completes_commands() -> None:
+    pocket_script = Path(sys.executable).with_name("pocket")
+    asked = {"COMP_WORDS": "pocket me", "COMP_CWORD": "1", "_POCKET_COMPLETE": "complete_bash"}
+    done = subprocess.run([pocket_script], env={**os.environ, **asked}, capture_output=True, text=True)
+    assert done.stdout.split() == ["merge"]
+    source = {**os.environ, "_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION": "1"}
+    done = subprocess.run(
+        [pocket_script, "--show-completion", "bash"], env=source, capture_output=True, text=True
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "complete" in done.stdout
+    assert "_POCKET_COMPLETE=complete_bash" in done.stdout
+
+
+@pytest.mark.parametrize("command", ["list", "show", "compare", "rescore", "export", "merge"])
+def test_every_command_that_shows_something_does_so_in_json_too(command: str) -> None:
+    assert "--json" in re.sub(r"\x1b\[[0-9;]*m", "", pocket(command, "--help")[1])
 
 
 def changed(run: Path, name: str, **changes: Any) -> Path:
