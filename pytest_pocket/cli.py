@@ -181,6 +181,31 @@ def compare(
 
 
 @app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="Run directories.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The HTML file to write, or write anew.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Make one HTML page of runs, with every episode behind its numbers; it opens without a network."""
+    from pytest_pocket import page, registry
+
+    names = [run.resolve().name for run in runs]
+    read = [
+        page.Run(name if names.count(name) == 1 else str(run), *_run(run))
+        for name, run in zip(names, runs, strict=True)
+    ]
+    if len({each.name for each in read}) < len(read):
+        _stop("a run is given twice")
+    with _one_line(runs[0], page.PageError, registry.ModelError):
+        known = registry.Registry(registry.from_pyproject(Path("pyproject.toml"))).models
+        text = page.build(read, known)
+        page.write(output, text)
+    episodes = sum(len(each.found) for each in read)
+    said = {"output": str(output), "episodes": episodes, "bytes": len(text.encode())}
+    typer.echo(json.dumps(said, indent=2) if as_json else f"{output}: {episodes} episodes")
+
+
+@app.command()
 def rescore(
     run: Annotated[Path, typer.Argument(help="A run directory.")],
     output: Annotated[

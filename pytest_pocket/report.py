@@ -50,7 +50,7 @@ def render(rows: Sequence[Row], width: int, *, ascii_only: bool = False) -> str:
         [
             _text_table(_scores(rows), width, ascii_only),
             _text_table(_ledger(rows), width, ascii_only),
-            *(textwrap.fill(_ascii(note) if ascii_only else note, max(width, 40)) for note in _notes(rows)),
+            *(textwrap.fill(_ascii(note) if ascii_only else note, max(width, 40)) for note in notes(rows)),
             "",
         ]
     )
@@ -70,7 +70,7 @@ def markdown(rows: Sequence[Row]) -> str:
     parts = [
         _markdown_table(_scores(rows)),
         _markdown_table(_ledger(rows)),
-        "\n\n".join(map(quoted, _notes(rows))),
+        "\n\n".join(map(quoted, notes(rows))),
     ]
     return "\n\n".join(parts) + "\n"
 
@@ -160,7 +160,7 @@ class _Grid:
         self.lines: list[Cells] = []
 
 
-def _subjects(rows: Sequence[Row]) -> dict[tuple[str, ...], list[Row]]:
+def subjects(rows: Sequence[Row]) -> dict[tuple[str, ...], list[Row]]:
     """The rows of each model and condition but the prompt: models as they come, conditions sorted."""
     models = list(dict.fromkeys(row["model"] for row in rows))
     keys = {(models.index(row["model"]), *_condition(row)): row for row in rows}
@@ -188,13 +188,15 @@ def _asked(row: Row) -> str:
     return f"{words} best of {best_of}" if best_of > 1 else words
 
 
-def _prompts(rows: Iterable[Row]) -> list[str]:
+def prompts_of(rows: Iterable[Row]) -> list[str]:
+    """The prompts there are, in the order of the suite."""
     known = {prompt: place for place, prompt in enumerate(SYSTEM_PROMPTS)}
     found = dict.fromkeys(str(row["prompt"]) for row in rows)
     return sorted(found, key=lambda prompt: known.get(prompt, len(known)))
 
 
-def _valid(rows: Iterable[Row]) -> list[Row]:
+def valid_of(rows: Iterable[Row]) -> list[Row]:
+    """The rows that say anything of their model."""
     return list(filter(valid, rows))
 
 
@@ -240,39 +242,40 @@ def _metrics(rows: Sequence[Row]) -> tuple[tuple[str, Metric], ...]:
 
 
 def _scores(rows: Sequence[Row]) -> _Grid:
-    prompts = _prompts(rows)
+    prompts = prompts_of(rows)
     gap = set(GAP) <= set(prompts)
     named = [printable(prompt) for prompt in prompts]
-    subjects = _subjects(rows)
-    ranks = comparison.ranks(subjects) if len(subjects) > 1 else {}
+    lines = subjects(rows)
+    ranks = comparison.ranks(lines) if len(lines) > 1 else {}
     places = ["rank"] if ranks else []
     head = ["model", "", *named, *(["full - raw"] if gap else []), *places, "n", "invalid"]
     grid = _Grid("mean reward and pass@1, ± 95% over tasks", head, left=2)
-    for (model, asked), mine in subjects.items():
+    for (model, asked), mine in lines.items():
         metrics = _metrics(mine)
         columns = []
         for prompt in prompts:
-            part = _valid(row for row in mine if row["prompt"] == prompt)
-            columns.append("\n".join(_estimated(_mean(part, metric)) for _, metric in metrics))
+            part = valid_of(row for row in mine if row["prompt"] == prompt)
+            columns.append("\n".join(_estimated(mean(part, metric)) for _, metric in metrics))
         if gap:
-            columns.append("\n".join(_estimated(_gap(mine, metric), sign="+") for _, metric in metrics))
-        invalid = len(mine) - len(_valid(mine))
+            columns.append("\n".join(_estimated(gap_of(mine, metric), sign="+") for _, metric in metrics))
+        invalid = len(mine) - len(valid_of(mine))
         names = "\n".join(name for name, _ in metrics)
         place = [str(ranks[model, asked] or "-")] if ranks else []
         grid.lines.append([f"{model}\n{asked}", names, *columns, *place, str(len(mine)), str(invalid)])
     return grid
 
 
-def _mean(rows: Iterable[Row], metric: Metric) -> statistics.Estimate | None:
+def mean(rows: Iterable[Row], metric: Metric) -> statistics.Estimate | None:
+    """The mean of a metric over tasks; None without rows."""
     values: dict[str, list[float]] = {}
     for (task, _), value in metric(rows).items():
         values.setdefault(task, []).append(value)
     return statistics.mean(values) if values else None
 
 
-def _gap(rows: Iterable[Row], metric: Metric) -> statistics.Estimate | None:
+def gap_of(rows: Iterable[Row], metric: Metric) -> statistics.Estimate | None:
     """What the full prompt adds to raw, over the instances that both attempted and neither lost."""
-    whole = _valid(rows)
+    whole = valid_of(rows)
     return statistics.paired(*(metric(row for row in whole if row["prompt"] == prompt) for prompt in GAP))
 
 
@@ -289,8 +292,8 @@ def _ledger(rows: Sequence[Row]) -> _Grid:
     outcomes = [name for name in LEDGER if name in seen or name in ("passed", "wrong")]
     outcomes += sorted(map(printable, seen - set(LEDGER)))
     grid = _Grid("how the episodes ended", ["model", "prompt", *outcomes], left=2)
-    for (model, asked), mine in _subjects(rows).items():
-        prompts = _prompts(mine)
+    for (model, asked), mine in subjects(rows).items():
+        prompts = prompts_of(mine)
         counts = [
             Counter(printable(row["outcome"]) for row in mine if row["prompt"] == prompt)
             for prompt in prompts
@@ -300,9 +303,9 @@ def _ledger(rows: Sequence[Row]) -> _Grid:
     return grid
 
 
-def _notes(rows: Sequence[Row]) -> list[str]:
-    """What the numbers above mean, and what may not be concluded from them."""
-    count = len({row["task"] for row in _valid(rows)})
+def notes(rows: Sequence[Row]) -> list[str]:
+    """What the numbers of a table mean, and what may not be concluded from them."""
+    count = len({row["task"] for row in valid_of(rows)})
     notes = []
     if count > 1:
         notes.append(
@@ -314,7 +317,7 @@ def _notes(rows: Sequence[Row]) -> list[str]:
     for what, found in _smallest_differences(rows).items():
         extent = " to ".join(dict.fromkeys(f"{difference:.3f}" for difference in (min(found), max(found))))
         notes.append(f"Smallest {what} in reward that this design finds 4 times in 5: {extent}.")
-    invalid = len(rows) - len(_valid(rows))
+    invalid = len(rows) - len(valid_of(rows))
     if invalid:
         share = f"{invalid} of {len(rows)} episodes ({invalid / len(rows):.1%}) are invalid and in no mean"
         ranked = "the models are not ranked" if invalid / len(rows) > statistics.INVALID_SHARE else ""
@@ -324,16 +327,16 @@ def _notes(rows: Sequence[Row]) -> list[str]:
 
 def _smallest_differences(rows: Sequence[Row]) -> dict[str, list[float]]:
     """What this design can find, by what is compared: prompts, lines of the table, else a line and a fixed value."""
-    lines = list(_subjects(rows).values())
+    lines = list(subjects(rows).values())
     found: dict[str, list[statistics.Estimate | None]] = {
-        "full - raw difference": [_gap(mine, REWARD) for mine in lines],
+        "full - raw difference": [gap_of(mine, REWARD) for mine in lines],
         "difference between two lines": [
             statistics.paired(one, other)
-            for one, other in combinations([comparison.side(_valid(mine), reward) for mine in lines], 2)
+            for one, other in combinations([comparison.side(valid_of(mine), reward) for mine in lines], 2)
         ],
     }
     if not any(found["full - raw difference"]) and len(lines) == 1:
-        found = {"difference from a fixed value": [_mean(_valid(rows), REWARD)]}
+        found = {"difference from a fixed value": [mean(valid_of(rows), REWARD)]}
     sizes = {
         what: [size for each in estimates if each and (size := statistics.smallest_difference(each)) > 0]
         for what, estimates in found.items()
@@ -345,29 +348,30 @@ def _by_task(rows: Sequence[Row]) -> _Grid:
     """Pass rates by task, in the order of the groups, then mean rewards over seen and unseen kinds."""
     columns = [
         (f"{model}\n{asked}\n{printable(prompt)}", [row for row in mine if row["prompt"] == prompt])
-        for (model, asked), mine in _subjects(rows).items()
-        for prompt in _prompts(mine)
+        for (model, asked), mine in subjects(rows).items()
+        for prompt in prompts_of(mine)
     ]
     title = "pass@1 by task, with its 95% Wilson interval; mean reward over seen and unseen kinds"
     grid = _Grid(title, ["group", "task", *(head for head, _ in columns)], left=2)
-    for group, task in sorted({(str(row["group"]), str(row["task"])) for row in rows}, key=_place):
-        rates = [_rate(_valid(row for row in mine if row["task"] == task)) for _, mine in columns]
+    for group, task in sorted({(str(row["group"]), str(row["task"])) for row in rows}, key=place):
+        rates = [rate(valid_of(row for row in mine if row["task"] == task)) for _, mine in columns]
         grid.lines.append([printable(group), printable(task), *rates])
     if any("unseen" in row for row in rows):
         for name, wanted in (("seen", False), ("unseen", True)):
             parts = [[row for row in mine if bool(row.get("unseen")) is wanted] for _, mine in columns]
             grid.lines.append(
-                ["all", f"{name} kinds", *(_estimated(_mean(_valid(part), REWARD)) for part in parts)]
+                ["all", f"{name} kinds", *(_estimated(mean(valid_of(part), REWARD)) for part in parts)]
             )
     return grid
 
 
-def _place(task: tuple[str, str]) -> tuple[int, str, str]:
+def place(task: tuple[str, str]) -> tuple[int, str, str]:
+    """Where a task, given as group and name, stands in a table: by group, then by name."""
     group, name = task
     return GROUPS.index(group) if group in GROUPS else len(GROUPS), group, name
 
 
-def _rate(rows: Sequence[Row]) -> str:
+def rate(rows: Sequence[Row]) -> str:
     """The pass rate of one task; without an interval where samples of one instance depend on each other."""
     if not rows:
         return "-"

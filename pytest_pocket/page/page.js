@@ -1,0 +1,266 @@
+"use strict";
+// What models wrote goes into the page by textContent alone: nothing here makes markup of text.
+(() => {
+  const $ = (id) => document.getElementById(id);
+  const data = JSON.parse($("data").textContent);
+  const { names, columns, chunk: CHUNK, runs } = data.episodes;
+  const COUNT = columns.id.length;
+  const PAGE = 50;
+  const CUT = 4000;
+  const calm = matchMedia("(prefers-reduced-motion: reduce)").matches;
+
+  function make(tag, text, className) {
+    const element = document.createElement(tag);
+    if (text !== undefined) element.textContent = text;
+    if (className) element.className = className;
+    return element;
+  }
+
+  const CONTROL = /[\u0000-\u0008\u000b-\u001f\u007f-\u009f\u00ad\u061c\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb]/g;
+  const sign = (letter) => {
+    const code = letter.charCodeAt(0);
+    return code < 32 ? String.fromCharCode(0x2400 + code) : `[U+${code.toString(16).toUpperCase().padStart(4, "0")}]`;
+  };
+  // Characters that would hide, turn around or end text are shown by a sign.
+  function visible(text) { return String(text).replace(CONTROL, sign); }
+
+  // Theme
+  const root = document.documentElement;
+  const system = matchMedia("(prefers-color-scheme: dark)");
+  const isDark = () => (root.dataset.theme ? root.dataset.theme === "dark" : system.matches);
+  function showTheme() {
+    $("theme").setAttribute("aria-pressed", String(isDark()));
+    drawCharts();
+  }
+  $("theme").addEventListener("click", () => {
+    root.dataset.theme = isDark() ? "light" : "dark";
+    showTheme();
+  });
+  system.addEventListener("change", showTheme);
+
+  // Sorting
+  for (const head of document.querySelectorAll(".sortable th[aria-sort] button")) {
+    head.addEventListener("click", () => {
+      const cell = head.parentElement;
+      const table = cell.closest("table");
+      const place = cell.cellIndex;
+      const down = cell.getAttribute("aria-sort") !== "descending";
+      for (const other of table.tHead.querySelectorAll("th")) other.setAttribute("aria-sort", "none");
+      cell.setAttribute("aria-sort", down ? "descending" : "ascending");
+      const key = (row) => {
+        const { dataset, textContent } = row.cells[place];
+        const text = dataset.value ?? textContent;
+        return text !== "" && isFinite(text) ? Number(text) : text;
+      };
+      const order = (a, b) => (typeof a === "number" && typeof b === "number" ? a - b : String(a).localeCompare(String(b)));
+      const body = table.tBodies[0];
+      const rows = [...body.rows].map((row) => [key(row), row]);
+      rows.sort(([a], [b]) => (down ? order(b, a) : order(a, b)));
+      body.append(...rows.map(([, row]) => row));
+    });
+  }
+
+  // Charts.  The tables beside them hold the same numbers.
+  let charts = [];
+  function drawCharts() {
+    for (const chart of charts) chart.dispose();
+    charts = [];
+    const style = getComputedStyle(root);
+    const ink = style.getPropertyValue("--fg").trim();
+    const line = style.getPropertyValue("--line").trim();
+    // Okabe and Ito's colours, with a shape for each, so that no reader depends on colour.
+    const looks = [["#0072b2", "circle"], ["#d55e00", "rect"], ["#009e73", "triangle"], ["#cc79a7", "diamond"]];
+    const axis = (more) => ({ axisLabel: { color: ink }, nameTextStyle: { color: ink }, splitLine: { lineStyle: { color: line } }, axisLine: { lineStyle: { color: line } }, ...more });
+    const draw = (id, option) => {
+      const chart = echarts.init($(id), null, { renderer: "svg" });
+      chart.setOption({ animation: !calm, textStyle: { color: ink }, tooltip: { renderMode: "richText" }, grid: { left: 56, right: 24, top: 40, bottom: 56 }, ...option });
+      charts.push(chart);
+    };
+    if ($("arc-chart")) {
+      const prompts = Object.keys(data.arc[0].means);
+      draw("arc-chart", {
+        legend: { textStyle: { color: ink }, data: prompts },
+        xAxis: axis({ type: "category", data: data.arc.map((stage) => stage.model) }),
+        yAxis: axis({ type: "value", min: 0, max: 1, name: "mean reward" }),
+        series: prompts.map((prompt, index) => ({
+          name: prompt, type: "line", symbol: looks[index % 4][1], symbolSize: 12,
+          lineStyle: { type: ["solid", "dashed", "dotted"][index % 3] },
+          itemStyle: { color: looks[index % 4][0] },
+          data: data.arc.map((stage) => (stage.means[prompt] ? Number(stage.means[prompt].value) : null)),
+        })),
+      });
+    }
+    if ($("pareto-chart")) {
+      const points = (front) => data.pareto.filter((point) => point.front === front).map((point) => ({ name: point.name, value: [point.tokens, Number(point.reward.value)] }));
+      draw("pareto-chart", {
+        legend: { textStyle: { color: ink }, data: ["front", "behind it"] },
+        xAxis: axis({ type: "value", name: "tokens an episode", nameLocation: "middle", nameGap: 32, scale: true }),
+        yAxis: axis({ type: "value", min: 0, max: 1, name: "mean reward" }),
+        series: [
+          { name: "front", type: "line", step: "end", symbol: "diamond", symbolSize: 14, itemStyle: { color: looks[1][0] }, data: points(true) },
+          { name: "behind it", type: "scatter", symbol: "circle", symbolSize: 10, itemStyle: { color: looks[0][0] }, data: points(false) },
+        ],
+      });
+    }
+  }
+  addEventListener("resize", () => charts.forEach((chart) => chart.resize()));
+
+  // The list
+  const filters = $("filters");
+  for (const key of ["model", "condition", "task", "outcome"]) {
+    for (const name of names[key]) {
+      const option = make("option", visible(name));
+      option.value = `=${name}`;
+      filters.elements[key].append(option);
+    }
+  }
+  let found = [];
+  let page = 0;
+  function filter() {
+    const asked = {};
+    for (const key of ["model", "condition", "task", "outcome"]) {
+      const value = filters.elements[key].value;
+      asked[key] = value.startsWith("=") ? names[key].indexOf(value.slice(1)) : value;
+    }
+    const passed = names.outcome.indexOf("passed");
+    const words = filters.elements.words.value.toLowerCase();
+    found = [];
+    for (let n = 0; n < COUNT; n++) {
+      const wanted = ["model", "condition", "task", "outcome"].every(
+        (key) => asked[key] === "" || asked[key] === columns[key][n] || (asked[key] === "failed" && columns.outcome[n] !== passed));
+      if (wanted && (!words || columns.words[n].toLowerCase().includes(words) || columns.id[n].toLowerCase().includes(words))) found.push(n);
+    }
+    page = 0;
+    showList();
+  }
+  function showList() {
+    const last = Math.max(0, Math.ceil(found.length / PAGE) - 1);
+    page = Math.min(Math.max(page, 0), last);
+    $("count").textContent = `${found.length} of ${COUNT} episodes`;
+    $("where").textContent = `page ${page + 1} of ${last + 1}`;
+    $("previous").disabled = page === 0;
+    $("next").disabled = page === last;
+    $("list").tBodies[0].replaceChildren(...found.slice(page * PAGE, (page + 1) * PAGE).map((n) => {
+      const row = make("tr");
+      const link = make("a", `${visible(names.task[columns.task[n]])} ${columns.number[n]}`);
+      link.href = address(n);
+      const first = make("td");
+      first.append(link);
+      if (runs.length > 1) first.append(` (${visible(runs[columns.run[n]])})`);
+      const reward = columns.reward[n];
+      row.append(first, make("td", visible(names.model[columns.model[n]])), make("td", visible(names.condition[columns.condition[n]])),
+        make("td", visible(names.outcome[columns.outcome[n]])), make("td", reward === null ? "invalid" : reward.toFixed(2), "n"));
+      return row;
+    }));
+  }
+  const address = (n) => `#episode=${encodeURIComponent(columns.id[n])}`;
+  filters.addEventListener("input", filter);
+  filters.addEventListener("submit", (event) => event.preventDefault());
+  $("previous").addEventListener("click", () => { page--; showList(); });
+  $("next").addEventListener("click", () => { page++; showList(); });
+  for (const button of document.querySelectorAll(".failures")) {
+    button.addEventListener("click", () => {
+      filters.reset();
+      filters.elements.model.value = `=${button.dataset.model}`;
+      filters.elements.outcome.value = "failed";
+      filter();
+      $("episodes").scrollIntoView({ behavior: calm ? "auto" : "smooth" });
+      $("list").querySelector("a")?.focus({ preventScroll: true });
+    });
+  }
+
+  // An episode
+  const unpacked = new Map();
+  async function unpack(number) {
+    if (!unpacked.has(number)) {
+      const text = document.getElementsByClassName("chunk")[number].textContent;
+      const bytes = Uint8Array.from(atob(text), (letter) => letter.charCodeAt(0));
+      const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"));
+      unpacked.set(number, JSON.parse(await new Response(stream).text()));
+      if (unpacked.size > 8) unpacked.delete(unpacked.keys().next().value);
+    }
+    return unpacked.get(number);
+  }
+  function words(text, className) {
+    const box = make("pre", undefined, className);
+    let shown = 0;
+    const more = make("button", "");
+    more.type = "button";
+    const show = () => {
+      const end = Math.min(text.length, shown + CUT * (shown ? 25 : 1));
+      more.before(visible(text.slice(shown, end)));
+      shown = end;
+      if (shown >= text.length) more.remove();
+      else more.textContent = `show more (${(text.length - shown).toLocaleString("en")} characters left)`;
+    };
+    more.addEventListener("click", show);
+    box.append(more);
+    show();
+    return box;
+  }
+  function turnOf(turn, number) {
+    const box = make("div", undefined, `turn ${["system", "user", "assistant", "tool"].includes(turn.role) ? turn.role : ""}`);
+    box.append(make("h3", `${number}. ${visible(turn.role)}${turn.name ? ` · ${visible(turn.name)}` : ""}`));
+    if (turn.thinking) {
+      const folded = make("details");
+      folded.append(make("summary", "thinking"), words(turn.thinking));
+      box.append(folded);
+    }
+    if (turn.text) box.append(words(turn.text));
+    for (const call of turn.calls) {
+      box.append(make("h3", `calls ${visible(call.name)}`));
+      for (const [key, value] of Object.entries(call.arguments)) {
+        box.append(words(`${key} = ${typeof value === "string" ? value : JSON.stringify(value)}`, "call"));
+      }
+    }
+    return box;
+  }
+  const dialog = $("episode");
+  let open = -1;
+  async function show(n) {
+    open = n;
+    const episode = (await unpack(Math.floor(n / CHUNK)))[n % CHUNK];
+    if (open !== n) return;
+    const outcome = names.outcome[columns.outcome[n]];
+    const reward = columns.reward[n];
+    $("episode-h").textContent = visible(`${names.task[columns.task[n]]} ${columns.number[n]} · ${names.model[columns.model[n]]} · ${names.condition[columns.condition[n]]}`);
+    const cause = make("div", undefined, `cause ${outcome === "passed" ? "passed" : ""}`);
+    cause.append(make("strong", `${visible(outcome)}, ${reward === null ? "invalid" : `reward ${reward.toFixed(3)}`}`));
+    for (const check of episode.checks) {
+      cause.append(words(`${check.value >= 1 ? "✓" : "✗"} ${check.name}${check.value < 1 && check.value > 0 ? ` ${check.value.toFixed(2)}` : ""}${check.detail ? `: ${check.detail}` : ""}`));
+    }
+    if (episode.factors) cause.append(make("p", `outcome ${episode.factors.outcome.toFixed(2)} × stopped ${episode.factors.stopped.toFixed(2)} × intact ${episode.factors.intact.toFixed(2)}`, "note"));
+    if (episode.detail) cause.append(words(episode.detail));
+    const unseen = episode.unseen.length ? ` · kinds that training never shows: ${visible(episode.unseen.join(", "))}` : "";
+    const facts = `ended by: ${visible(episode.stop)} · ${episode.tokens[0]} + ${episode.tokens[1]} tokens · ${episode.seconds.toFixed(1)} s · seed ${episode.seed}${unseen}${episode.chosen ? "" : " · not the chosen candidate"}`;
+    $("turns").replaceChildren(cause, make("p", facts, "note"), ...episode.turns.map((turn, index) => turnOf(turn, index + 1)));
+    const place = found.indexOf(n);
+    $("before").disabled = place <= 0;
+    $("after").disabled = place < 0 || place >= found.length - 1;
+    if (!dialog.open) dialog.showModal();
+    $("turns").parentElement.scrollTop = 0;
+    $("episode-h").focus();
+  }
+  const step = (by) => { location.hash = address(found[found.indexOf(open) + by]); };
+  $("before").addEventListener("click", () => step(-1));
+  $("after").addEventListener("click", () => step(1));
+  $("close").addEventListener("click", () => dialog.close());
+  dialog.addEventListener("close", () => {
+    open = -1;
+    if (location.hash.startsWith("#episode=")) history.replaceState(null, "", "#episodes");
+  });
+  function follow() {
+    if (!location.hash.startsWith("#episode=")) return;
+    let id = "";
+    try { id = decodeURIComponent(location.hash.slice(9)); } catch { /* no such episode */ }
+    const n = columns.id.indexOf(id);
+    if (n >= 0) show(n);
+    else $("count").textContent = "the address names no episode of this page";
+  }
+  addEventListener("hashchange", follow);
+
+  showTheme();
+  filter();
+  follow();
+  root.dataset.ready = "yes";
+})();
