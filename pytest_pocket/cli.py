@@ -35,8 +35,10 @@ app = typer.Typer(
 
 
 def _stop(message: object) -> NoReturn:
-    """End with one line and the usage exit code."""
-    typer.echo(f"pocket: {message}", err=True)
+    """End with one line, harmless whatever it quotes, and the usage exit code."""
+    from pytest_pocket.trajectory import safe
+
+    typer.echo(f"pocket: {safe(str(message))}", err=True)
     raise typer.Exit(USAGE)
 
 
