@@ -50,7 +50,10 @@ def test_shards_make_the_whole_run(suite_run: Path, tmp_path: Path) -> None:
     info, found = records.load(tmp_path / "whole")
     assert numbers(found) == numbers(records.load(suite_run)[1])
     assert [each["run"] for each in info["merged"]] == ["shard1", "shard2", "shard3"]
+    assert [each["shard"] for each in info["merged"]] == [{"index": index, "count": 3} for index in (1, 2, 3)]
     assert all(each["episodes"] > 0 for each in info["merged"])
+    _, text = pocket("merge", shards[1], "-o", tmp_path / "part")
+    assert text.endswith("not given: shard 1/3, 3/3\n")
     Draft202012Validator(schemas.load("run")).validate(info)
 
 
