@@ -32,7 +32,7 @@ if [ "$(cat "$VENV/.ready" 2>/dev/null)" != "$wanted" ]; then
     # torch first and pinned: unpinned, other packages may pull another build of it.
     "$VENV/bin/python" -m pip install --quiet --upgrade "pip>=25.1" -c constraints.txt
     "$VENV/bin/python" -m pip install --quiet torch -c constraints.txt
-    "$VENV/bin/python" -m pip install --quiet -e '.[hf,train,xdist]' --group test --group lint -c constraints.txt
+    "$VENV/bin/python" -m pip install --quiet -e '.[hf,train,xdist,export]' --group test --group lint -c constraints.txt
     echo "$wanted" >"$VENV/.ready"
 fi
 

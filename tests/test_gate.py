@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
+import yaml
 from toy_project import Project
+from typer.testing import CliRunner
+
+from pytest_pocket.cli import app
 
 pytestmark = pytest.mark.filterwarnings("ignore:--pocket-sandbox=none")
 
@@ -141,3 +146,39 @@ def test_a_foreign_baseline_is_a_usage_error(project: Project) -> None:
     result = project.run("--pocket-model=oracle", "--pocket-baseline=baseline")
     assert result.ret == pytest.ExitCode.USAGE_ERROR
     result.stderr.fnmatch_lines(["ERROR: baseline has no 'seed': it is not of this version"])
+
+
+def test_shards_are_merged_and_judged_without_playing_again(
+    project: Project,
+) -> None:
+    run = ("--pocket-model=half-right", "--runs=4")
+    project.run(*run, "--pocket-records=baseline")
+    for shard in ("1", "2"):
+        project.run(*run, f"--pocket-shard={shard}/2", f"--pocket-records=shard-{shard}")
+    merged = CliRunner().invoke(app, ["merge", "shard-1", "shard-2", "-o", "records"])
+    assert merged.exit_code == 0, merged.output
+    before = project.records()
+    assert len(before) == 4 * 2
+    judged = project.run(
+        *run,
+        "--pocket-resume",
+        "--pocket-baseline=baseline",
+        "--pocket-fail-worse=0.05",
+        "--pocket-must-pass=greet",
+        "--pocket-summary=summary.md",
+        "-s",
+    )
+    assert project.records() == before
+    judged.stdout.no_fnmatch_line("LOADED*")
+    assert judged.ret == pytest.ExitCode.TESTS_FAILED
+    judged.stdout.fnmatch_lines(["pocket: --pocket-must-pass greet: 4 of 8 episodes passed"])
+    assert "4 of 8 episodes passed" in (project.path / "summary.md").read_text()
+
+
+def test_the_workflow_in_the_docs_uses_options_that_there_are(pytester: pytest.Pytester) -> None:
+    text = (Path(__file__).parents[1] / "docs" / "ci.md").read_text()
+    workflow = yaml.safe_load(text.split("```yaml\n")[1].split("```")[0])
+    assert set(workflow["jobs"]) == {"play", "judge"}
+    used = set(re.findall(r"(?<![-\w])--[a-z-]+", text))
+    known = set(re.findall(r"--[a-z-]+", pytester.runpytest_inprocess("--help").stdout.str()))
+    assert {option for option in used if option.startswith("--pocket-")} <= known
