@@ -1,7 +1,7 @@
 """Merging: the runs of several shards, sessions or machines, joined to one.
 
-Only runs that would have given the same numbers are joined, and only the same way whatever their order: of one
-cell, an attempt that is invalid gives way to one that is not, and two valid ones that differ are refused.
+Only runs that would have given the same numbers are joined.  Of one cell, an attempt that is invalid gives way
+to one that is not, and two valid ones that differ are refused.
 """
 
 from __future__ import annotations
