@@ -35,8 +35,10 @@ app = typer.Typer(
 
 
 def _stop(message: object) -> NoReturn:
-    """End with one line and the usage exit code."""
-    typer.echo(f"pocket: {message}", err=True)
+    """End with one line, harmless whatever it quotes, and the usage exit code."""
+    from pytest_pocket.trajectory import safe
+
+    typer.echo(f"pocket: {safe(str(message))}", err=True)
     raise typer.Exit(USAGE)
 
 
@@ -274,9 +276,12 @@ def merge(
         records.write(output, merged.info, merged.found)
     if as_json:
         said = {"output": str(output), "episodes": len(merged.found), "left_out": merged.left_out}
-        typer.echo(json.dumps({**said, "merged": merged.info["merged"]}, indent=2))
+        said |= {"missing_shards": merged.missing, "merged": merged.info["merged"]}
+        typer.echo(json.dumps(said, indent=2))
     else:
         typer.echo(_counted(f"{len(merged.found)} episodes in {output}", merged.left_out))
+        if merged.missing:
+            typer.echo(f"not given: shard {', '.join(merged.missing)}")
 
 
 @app.command()

@@ -1,7 +1,7 @@
 """Merging: the runs of several shards, sessions or machines, joined to one.
 
-Only runs that would have given the same numbers are joined, and only the same way whatever their order: of one
-cell, an attempt that is invalid gives way to one that is not, and two valid ones that differ are refused.
+Only runs that would have given the same numbers are joined.  Of one cell, an attempt that is invalid gives way
+to one that is not, and two valid ones that differ are refused.
 """
 
 from __future__ import annotations
@@ -32,11 +32,12 @@ class Part:
 
 @dataclass(frozen=True)
 class Merged:
-    """A joined run, and how many records were left out, by reason."""
+    """A joined run, how many records were left out, by reason, and which shards of it were not given."""
 
     info: Mapping[str, Any]
     found: Sequence[Record]
     left_out: Mapping[str, int]
+    missing: Sequence[str]
 
 
 def merge(parts: Sequence[Part]) -> Merged:
@@ -57,7 +58,7 @@ def merge(parts: Sequence[Part]) -> Merged:
     }
     found = list(chain.from_iterable(kept for _, kept in taken.values()))
     with records.of_this_version(" or ".join(str(part.directory / records.RUN) for part in parts)):
-        return Merged(_info(parts, counts), found, left_out)
+        return Merged(_info(parts, counts), found, left_out, _missing(parts))
 
 
 def _take(
@@ -88,6 +89,17 @@ def _one_of(known: list[Record], new: list[Record]) -> tuple[str, list[Record] |
     return "invalid", new if finished[1] else known
 
 
+def _missing(parts: Sequence[Part]) -> list[str]:
+    """The shards that complete those which were given; none where a part is no shard of as many."""
+    shards = [part.info["options"].get("shard") for part in parts]
+    counts = {shard["count"] if shard else 1 for shard in shards}
+    if len(counts) > 1:
+        return []
+    (count,) = counts
+    given = {shard["index"] for shard in shards if shard} or {1}
+    return [f"{index}/{count}" for index in range(1, count + 1) if index not in given]
+
+
 def _info(parts: Sequence[Part], counts: Mapping[int, int]) -> dict[str, Any]:
     """What ``run.json`` says of a joined run: what the parts have in common, and each part."""
     infos = [part.info for part in parts]
@@ -111,7 +123,12 @@ def _info(parts: Sequence[Part], counts: Mapping[int, int]) -> dict[str, Any]:
         },
         "models": models,
         "merged": [
-            {"run": _name(part), "episodes": counts[index], **{key: part.info[key] for key in said}}
+            {
+                "run": _name(part),
+                "episodes": counts[index],
+                "shard": part.info["options"].get("shard"),
+                **{key: part.info[key] for key in said},
+            }
             for index, part in enumerate(parts)
         ],
         **{

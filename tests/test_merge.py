@@ -50,7 +50,10 @@ def test_shards_make_the_whole_run(suite_run: Path, tmp_path: Path) -> None:
     info, found = records.load(tmp_path / "whole")
     assert numbers(found) == numbers(records.load(suite_run)[1])
     assert [each["run"] for each in info["merged"]] == ["shard1", "shard2", "shard3"]
+    assert [each["shard"] for each in info["merged"]] == [{"index": index, "count": 3} for index in (1, 2, 3)]
     assert all(each["episodes"] > 0 for each in info["merged"])
+    _, text = pocket("merge", shards[1], "-o", tmp_path / "part")
+    assert text.endswith("not given: shard 1/3, 3/3\n")
     Draft202012Validator(schemas.load("run")).validate(info)
 
 
@@ -62,7 +65,8 @@ def test_merged_shards_show_the_table_of_the_whole_and_can_be_resumed(
     whole = project.start(*options)
     for index in (1, 2):
         shard = (f"--pocket-shard={index}/2", f"--pocket-records=part{index}", "-p", "randomly")
-        project.start(*options, *workers, *shard, plugins=("xdist",) if workers else ())
+        played = project.start(*options, *workers, *shard, plugins=("xdist",) if workers else ())
+        played.stdout.fnmatch_lines(["Using --randomly-seed=*"])
     merged = project.path / "merged"
     assert pocket("merge", project.path / "part1", project.path / "part2", "-o", merged)[0] == 0
     assert numbers(records.load(merged)[1]) == numbers(project.records())
@@ -133,6 +137,18 @@ def test_runs_with_other_determinants_are_refused(
     assert status == 2
     assert said in text
     assert not (tmp_path / "new").exists()
+
+
+def test_what_a_refusal_quotes_is_harmless_to_a_terminal(suite_run: Path, tmp_path: Path) -> None:
+    info, found = records.load(suite_run)
+    for name in ("one", "other"):
+        records.write(
+            tmp_path / name, info, [{**each, "model": "\x1b[31m\n", "answer": name} for each in found]
+        )
+    status, text = pocket("merge", tmp_path / "one", tmp_path / "other", "-o", tmp_path / "new")
+    assert status == 2
+    assert "\x1b" not in text
+    assert text.count("\n") == 1
 
 
 def test_determinants_of_models_that_only_later_runs_share_are_compared_too(suite_run: Path) -> None:

@@ -150,7 +150,6 @@ def test_a_wrong_value_is_refused(suite_run: Path, change: dict[str, Any]) -> No
         EPISODE.validate({**passed, **change})
 
 
-@pytest.mark.xfail(strict=True, reason="recorded before the records had this shape: to be made again")
 @pytest.mark.parametrize("run", COMMITTED, ids=lambda run: run.name)
 def test_a_committed_run_is_valid(run: Path) -> None:
     assert check(run) > 0
