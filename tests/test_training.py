@@ -209,10 +209,10 @@ def test_the_loss_and_its_gradient_are_those_of_each_row_by_itself(
         loss.backward()
         return [parameter.grad.clone() for parameter in model.parameters()]
 
-    together = fit.next_token_loss(model, *fit._tensors(rows))
+    together = fit.next_token_loss(model, *fit.tensors(rows))
     targets = sum(sum(row.targets[1:]) for row in rows)
     alone = sum(
-        fit.next_token_loss(model, *fit._tensors([row])) * (sum(row.targets[1:]) / targets) for row in rows
+        fit.next_token_loss(model, *fit.tensors([row])) * (sum(row.targets[1:]) / targets) for row in rows
     )
     torch.testing.assert_close(together, alone)
     for one, other in zip(gradients(together), gradients(alone), strict=True):

@@ -23,9 +23,14 @@ class RecipeError(ValueError):
 
 @dataclass(frozen=True)
 class Data:
-    """The traces: how many of each task, and the share that begins with a mistake and its recovery."""
+    """The traces: how many of each task, and the share that begins with a mistake and its recovery.
+
+    ``kinds`` is the share of each list of wordings, layouts and families that they show: demonstrations are dear,
+    and what they leave out is for reinforcement learning to find.
+    """
 
     episodes_per_task: int
+    kinds: float
     stumble: float
     seed: int
 
