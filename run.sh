@@ -2,6 +2,7 @@
 # Sets everything up, then runs:
 #   sh run.sh          the embedded model through the 19 tasks (more arguments go to pytest)
 #   sh run.sh tests    the project's own tests (more arguments go to pytest)
+#   sh run.sh reports  the tables of the documents and reports/page.html, from the committed runs
 # The environment is .venv (VENV overrides it), pinned by constraints.txt.  PYTHON names the interpreter.
 set -eu
 cd "$(dirname "$0")"
@@ -9,6 +10,7 @@ export HF_HUB_OFFLINE=1
 VENV=${VENV:-.venv}
 PYTHON=${PYTHON:-python3}
 
+browser() { command -v chromium || command -v chromium-browser || command -v google-chrome; } >/dev/null
 stop() { echo "run.sh: $1" >&2; exit 1; }
 
 command -v "$PYTHON" >/dev/null || stop "$PYTHON is missing: sudo apt install python3 python3-venv"
@@ -22,6 +24,8 @@ if [ "$(uname)" = Linux ]; then
     for program in git python3; do
         [ -x "/usr/bin/$program" ] || [ -x "/usr/local/bin/$program" ] || missing="$missing $program"
     done
+    # The tests look at the report page in a real browser.
+    [ "${1:-}" != tests ] || browser || missing="$missing chromium"
     [ -z "$missing" ] || stop "missing system packages: sudo apt install$missing"
 fi
 
@@ -30,14 +34,18 @@ if [ "$(cat "$VENV/.ready" 2>/dev/null)" != "$wanted" ]; then
     echo "run.sh: setting up $VENV (a few minutes the first time)" >&2
     [ -x "$VENV/bin/python" ] || "$PYTHON" -m venv "$VENV"
     # torch first and pinned: unpinned, other packages may pull another build of it.
-    "$VENV/bin/python" -m pip install --quiet --upgrade "pip>=25.1" -c constraints.txt
-    "$VENV/bin/python" -m pip install --quiet torch -c constraints.txt
-    "$VENV/bin/python" -m pip install --quiet -e '.[hf,train,xdist,export]' --group test --group lint -c constraints.txt
+    "$VENV/bin/python" -m pip install -qq --upgrade "pip>=25.1" -c constraints.txt
+    "$VENV/bin/python" -m pip install -qq torch -c constraints.txt
+    "$VENV/bin/python" -m pip install -qq -e '.[hf,train,xdist,export,report]' --group test --group lint -c constraints.txt
     echo "$wanted" >"$VENV/.ready"
 fi
 
 if [ "${1:-}" = tests ]; then
     shift
     exec "$VENV/bin/python" -m pytest tests -n 2 "$@"
+fi
+if [ "${1:-}" = reports ]; then
+    "$VENV/bin/python" reports/render.py
+    exec "$VENV/bin/pocket" report reports/*-runs -o reports/page.html
 fi
 exec "$VENV/bin/python" -m pytest --pocket-model=sft-run6 --runs=3 "$@"

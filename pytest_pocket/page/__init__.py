@@ -30,8 +30,8 @@ FIRST_WORDS = 120
 """How much of a prompt the list of episodes holds, to be searched."""
 CHARTS = "echarts.common.min.js"
 
-Row = dict[str, Any]
-Line = tuple[tuple[str, ...], list[Row]]
+Row = Mapping[str, Any]
+Line = tuple[tuple[str, ...], Sequence[Row]]
 
 
 class PageError(Exception):
@@ -58,9 +58,9 @@ def build(runs: Sequence[Run], models: Mapping[str, Model] = {}) -> str:
         raise PageError("the page needs jinja2: pip install 'pytest-pocket[report]'") from None
     with records.of_this_version():
         rows = comparison.together({run.name: report.rows(run.found) for run in runs})
-        rows = [{**row, "model": _told_apart(row)} for row in rows]
+        rows = [{**row, "model": _told_apart(row), "weights": row["model"]} for row in rows]
         index, chunks = _episodes(runs, {row["model"] for row in rows})
-        lines = list(report.subjects(rows).items())
+        lines = sorted(report.subjects(rows).items(), key=lambda line: -_value(_mean(line[1])))
         data = {
             "episodes": index,
             "arc": _arc(runs, lines),
@@ -139,6 +139,10 @@ def _number(estimate: statistics.Estimate | None, sign: str = "") -> dict[str, A
     half = None if math.isnan(estimate.half) else estimate.half
     text = f"{estimate.value:{sign}.3f}" + ("" if half is None else f" ± {half:.3f}")
     return {"text": text, "value": f"{estimate.value:.6f}", "half": half}
+
+
+def _value(estimate: statistics.Estimate | None) -> float:
+    return estimate.value if estimate else 0.0
 
 
 def _mean(rows: Iterable[Mapping[str, Any]], prompt: str = "") -> statistics.Estimate | None:
@@ -235,7 +239,7 @@ def _effects(rows: Sequence[Row]) -> list[dict[str, Any]]:
             "what": pair.what.replace("_", "-"),
             "first": pair.first,
             "second": pair.second,
-            "with": " ".join(value for value in pair.common.values() if value),
+            "with": _words(pair.common),
             "difference": _number(pair.result.difference, "+"),
             "p": pair.p_holm,
             "pairs": pair.result.pairs,
@@ -244,6 +248,16 @@ def _effects(rows: Sequence[Row]) -> list[dict[str, Any]]:
         }
         for pair in pairs
     ]
+
+
+def _words(common: Mapping[str, str]) -> str:
+    """What two sides have in common."""
+    said = {
+        "think": {"on": "think", "off": "no-think"}.get(common.get("think", ""), ""),
+        "temperature": f"t{float(common['temperature']):g}" if "temperature" in common else "",
+        "best_of": f"best of {common['best_of']}" if common.get("best_of", "1") != "1" else "",
+    }
+    return " ".join(filter(None, (said.get(key, value) for key, value in common.items())))
 
 
 def _ledger(lines: Sequence[Line]) -> dict[str, Any]:
@@ -272,8 +286,8 @@ def _arc(runs: Sequence[Run], lines: Sequence[Line]) -> list[dict[str, Any]]:
     """The stages of each family, parents first, at the first condition of each model."""
     known = {name: model for run in runs for name, model in run.info.get("models", {}).items()}
     shown: dict[str, Line] = {}
-    for line in lines:
-        shown.setdefault(line[0][0], line)
+    for line in sorted(lines, key=lambda line: -len(line[1])):
+        shown.setdefault(line[1][0]["weights"], line)
 
     def depth(name: str, below: frozenset[str] = frozenset()) -> int:
         parent = known.get(name, {}).get("parent", "")
@@ -317,9 +331,9 @@ def _pareto(lines: Sequence[Line]) -> list[dict[str, Any]]:
 def _costs(runs: Sequence[Run], models: Mapping[str, Model], lines: Sequence[Line]) -> list[dict[str, Any]]:
     """What each stage gained over its parent, and what it cost: minutes of training, tokens and seconds an episode."""
     known = {name: model for run in runs for name, model in run.info.get("models", {}).items()}
-    shown: dict[str, list[Row]] = {}
-    for name, mine in lines:
-        shown.setdefault(name[0], mine)
+    shown: dict[str, Sequence[Row]] = {}
+    for _, mine in sorted(lines, key=lambda line: -len(line[1])):
+        shown.setdefault(mine[0]["weights"], mine)
     costs = []
     for name, mine in shown.items():
         parent = known.get(name, {}).get("parent", "")

@@ -72,7 +72,8 @@
     const ink = style.getPropertyValue("--fg").trim();
     const line = style.getPropertyValue("--line").trim();
     // Okabe and Ito's colours, with a shape for each, so that no reader depends on colour.
-    const looks = [["#0072b2", "circle"], ["#d55e00", "rect"], ["#009e73", "triangle"], ["#cc79a7", "diamond"]];
+    const colours = isDark() ? ["#56b4e9", "#e69f00", "#2fc39a", "#e39ac6"] : ["#0072b2", "#d55e00", "#009e73", "#aa4a86"];
+    const looks = ["circle", "rect", "triangle", "diamond"].map((shape, index) => [colours[index], shape]);
     const axis = (more) => ({ axisLabel: { color: ink }, nameTextStyle: { color: ink }, splitLine: { lineStyle: { color: line } }, axisLine: { lineStyle: { color: line } }, ...more });
     const draw = (id, option) => {
       const chart = echarts.init($(id), null, { renderer: "svg" });
