@@ -80,18 +80,23 @@
       chart.setOption({ animation: !calm, textStyle: { color: ink }, tooltip: { renderMode: "richText" }, grid: { left: 56, right: 24, top: 40, bottom: 56 }, ...option });
       charts.push(chart);
     };
+    // An interval as an upright line; it comes and goes with the series of its name.
+    const interval = (name, color, points) => ({
+      name, type: "line", symbol: "none", silent: true, tooltip: { show: false }, lineStyle: { color, width: 1 }, itemStyle: { color },
+      data: points.filter(([, { half }]) => half !== null).flatMap(([x, { value, half }]) => [[x, Math.max(0, value - half)], [x, Math.min(1, Number(value) + half)], [x, null]]),
+    });
     if ($("arc-chart")) {
       const prompts = Object.keys(data.arc[0].means);
       draw("arc-chart", {
         legend: { textStyle: { color: ink }, data: prompts },
         xAxis: axis({ type: "category", data: data.arc.map((stage) => stage.model) }),
         yAxis: axis({ type: "value", min: 0, max: 1, name: "mean reward" }),
-        series: prompts.map((prompt, index) => ({
+        series: prompts.flatMap((prompt, index) => [{
           name: prompt, type: "line", symbol: looks[index % 4][1], symbolSize: 12,
           lineStyle: { type: ["solid", "dashed", "dotted"][index % 3] },
           itemStyle: { color: looks[index % 4][0] },
           data: data.arc.map((stage) => (stage.means[prompt] ? Number(stage.means[prompt].value) : null)),
-        })),
+        }, interval(prompt, looks[index % 4][0], data.arc.filter((stage) => stage.means[prompt]).map((stage) => [stage.model, stage.means[prompt]]))]),
       });
     }
     if ($("pareto-chart")) {
@@ -103,6 +108,8 @@
         series: [
           { name: "front", type: "line", step: "end", symbol: "diamond", symbolSize: 14, itemStyle: { color: looks[1][0] }, data: points(true) },
           { name: "behind it", type: "scatter", symbol: "circle", symbolSize: 10, itemStyle: { color: looks[0][0] }, data: points(false) },
+          ...[true, false].map((front) => interval(front ? "front" : "behind it", looks[front ? 1 : 0][0],
+            data.pareto.filter((point) => point.front === front).map((point) => [point.tokens, point.reward]))),
         ],
       });
     }
@@ -194,9 +201,11 @@
       first.append(link);
       if (runs.length > 1) first.append(` (${visible(runs[columns.run[n]])})`);
       const reward = columns.reward[n];
-      row.append(first, make("td", visible(names.model[columns.model[n]])), make("td", visible(names.prompt[columns.prompt[n]])),
-        make("td", visible(names.condition[columns.condition[n]])),
-        make("td", visible(names.outcome[columns.outcome[n]])), make("td", reward === null ? "invalid" : reward.toFixed(2), "n"));
+      const outcome = names.outcome[columns.outcome[n]];
+      row.append(first,
+        make("td", `${outcome === "passed" ? "✓" : "✗"} ${visible(outcome)}`, outcome === "passed" ? "good" : "bad"),
+        make("td", reward === null ? "invalid" : reward.toFixed(2), "n"),
+        ...["model", "prompt", "condition"].map((key) => make("td", visible(names[key][columns[key][n]]))));
       return row;
     }));
   }
