@@ -111,17 +111,23 @@ def rows(records: Iterable[Mapping[str, Any]]) -> list[dict[str, Value]]:
     A cell that was played again (a rerun) counts once, as it ended last.
     """
     spent: dict[tuple[object, ...], Counter[str]] = {}
-    found = {}
-    for record in records:
-        cell = tuple(record[key] for key in (*SUBJECT, "prompt", "task", "run", "sample"))
+    found = list(records)
+    for record in found:
         replies = record["replies"]
-        cost = spent.setdefault(cell, Counter())
+        cost = spent.setdefault(_cell(record), Counter())
         cost["prompt_tokens"] += sum(reply["prompt_tokens"] for reply in replies)
         cost["completion_tokens"] += sum(reply["completion_tokens"] for reply in replies)
         cost["seconds"] += record["seconds"]
-        if record["chosen"]:
-            found[cell] = record
-    return [_row(record, spent[cell]) for cell, record in found.items()]
+    return [_row(record, spent[_cell(record)]) for record in counted(found)]
+
+
+def counted(records: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The records that make the rows: not the candidates that lost, and of a cell's reruns the last."""
+    return list({_cell(record): record for record in records if record["chosen"]}.values())
+
+
+def _cell(record: Mapping[str, Any]) -> tuple[object, ...]:
+    return tuple(record[key] for key in (*SUBJECT, "prompt", "task", "run", "sample"))
 
 
 def _row(record: Mapping[str, Any], cost: Mapping[str, Value]) -> dict[str, Value]:
@@ -166,23 +172,23 @@ def subjects(rows: Sequence[Row]) -> dict[tuple[str, ...], list[Row]]:
     keys = {(models.index(row["model"]), *_condition(row)): row for row in rows}
     ordered = sorted(keys)
     return {
-        (printable(models[key[0]]), _asked(keys[key])): [
+        (printable(models[key[0]]), asked(keys[key])): [
             row for row in rows if (models.index(row["model"]), *_condition(row)) == key
         ]
         for key in ordered
     }
 
 
-def _condition(row: Row) -> tuple[bool, float, int]:
+def _condition(row: Mapping[str, Any]) -> tuple[bool, float, int]:
     return _thinks(row), float(row["temperature"]), int(row["best_of"])
 
 
-def _thinks(row: Row) -> bool:
+def _thinks(row: Mapping[str, Any]) -> bool:
     return str(row["think"]) in ("on", "True", "1", "true")
 
 
-def _asked(row: Row) -> str:
-    """The condition, but for the prompt, in words."""
+def asked(row: Mapping[str, Any]) -> str:
+    """The condition of a row or a record, but for the prompt, in words."""
     think, temperature, best_of = _condition(row)
     words = f"{'think' if think else 'no-think'} t{temperature:g}"
     return f"{words} best of {best_of}" if best_of > 1 else words

@@ -153,10 +153,69 @@ def test_a_failure_is_read_to_its_cause_within_three_clicks(view: Opener) -> Non
     assert shown.locator("dialog[open]").count() == 0
 
 
+def test_every_number_leads_to_the_episodes_that_it_counts(view: Opener) -> None:
+    shown = view(FAMILY)
+    found = records.load(FAMILY)[1]
+    shown.click("#tasks tr:has(th a:text-is('git_history')) td a >> nth=0")
+    head = shown.locator("#tasks thead th >> nth=2").inner_text()
+    count = len([r for r in found if r["task"] == "git_history" and head.startswith(f"{r['model']} ")])
+    prompts = len({r["prompt"] for r in found})
+    assert shown.inner_text("#count") == f"{count // prompts} of {len(found)} episodes"
+    link = shown.locator("#ledger tbody td a >> nth=0")
+    number = link.inner_text()
+    link.click()
+    shown.wait_for_function(
+        "start => document.getElementById('count').textContent.startsWith(start)", arg=f"{number} of"
+    )
+    other = view(FAMILY, fragment=shown.evaluate("location.hash"))
+    assert other.inner_text("#count") == f"{number} of {len(found)} episodes"
+
+
+def test_candidates_that_lost_are_listed_only_when_asked_for(view: Opener) -> None:
+    won, lost = (recorded("a", best_of=2, candidate=n, chosen=n == 0) for n in (0, 1))
+    shown = view(run_of(won, lost))
+    assert shown.inner_text("#count") == "1 of 2 episodes"
+    assert shown.inner_text("#board .failures") == "1"
+    shown.click("#board .failures")
+    assert shown.inner_text("#count") == "1 of 2 episodes"
+    shown.check("#filters [name=every]")
+    assert shown.inner_text("#count") == "2 of 2 episodes"
+
+
+def test_whole_episodes_are_searched_when_asked_for(view: Opener) -> None:
+    late = recorded("a" * 500 + " needle")
+    shown = view(run_of(late, recorded("b", run=2)))
+    shown.fill("#filters [name=words]", "needle")
+    assert shown.inner_text("#count") == "0 of 2 episodes"
+    shown.check("#filters [name=whole]")
+    shown.wait_for_function("document.getElementById('count').textContent === '1 of 2 episodes'")
+
+
+def test_back_closes_an_episode_and_the_list_is_as_it_was(view: Opener) -> None:
+    shown = view(FAMILY)
+    shown.select_option("#filters [name=task]", "=git_history")
+    listed = shown.inner_text("#count")
+    shown.click("#list tbody a >> nth=0")
+    shown.wait_for_selector("dialog[open]")
+    shown.go_back()
+    shown.wait_for_selector("dialog[open]", state="detached")
+    assert shown.inner_text("#count") == listed != "228 of 228 episodes"
+
+
+def test_what_has_no_number_is_sorted_last_both_ways(view: Opener) -> None:
+    infra = {**recorded("a"), "model": "broken", "outcome": "infra", "reward": None}
+    found = [{**recorded("a"), "model": name, "reward": reward} for name, reward in (("b", 0.2), ("c", 0.7))]
+    shown = view(run_of(infra, *found))
+    shown.click("#board th button:text-is('raw')")
+    assert leaders(shown) == ["c", "b", "broken"]
+    shown.click("#board th button:text-is('raw')")
+    assert leaders(shown) == ["b", "c", "broken"]
+
+
 def test_an_address_opens_its_episode(view: Opener) -> None:
     shown = view(FAMILY)
     shown.select_option("#filters [name=task]", "=git_history")
-    shown.select_option("#filters [name=condition]", label="full no-think t0")
+    shown.select_option("#filters [name=prompt]", "=full")
     address = str(shown.locator("#list tbody a >> nth=1").get_attribute("href"))
     other = view(FAMILY, fragment=address)
     other.wait_for_selector("dialog[open]")
@@ -293,9 +352,10 @@ def test_ten_thousand_episodes_are_a_page_of_few_megabytes_that_opens_at_once(
     timing = shown.evaluate(
         "performance.timing.domContentLoadedEventEnd - performance.timing.navigationStart"
     )
+    assert timing < 8000  # 2 seconds are meant; a machine that runs other tests beside this one is slower
     print(f"page of {len(many)}: {(tmp_path / 'page.html').stat().st_size} bytes, ready after {timing} ms")
     assert time.monotonic() - start < 60
-    shown.select_option("#filters [name=outcome]", "failed")
+    shown.select_option("#filters [name=outcome]", "not passed")
     shown.click("#list tbody a >> nth=49")
     shown.wait_for_selector("dialog[open]")
 

@@ -19,6 +19,7 @@ from importlib import resources
 from itertools import islice
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlencode
 
 from pytest_pocket import comparison, records, report, statistics
 from pytest_pocket.registry import MANIFEST, Model
@@ -148,6 +149,13 @@ def _mean(rows: Iterable[Mapping[str, Any]], prompt: str = "") -> statistics.Est
     return report.mean(report.valid_of(row for row in rows if prompt in ("", row["prompt"])), report.REWARD)
 
 
+def _find(rows: Sequence[Row], **asked: str) -> str:
+    """The address of the episodes that rows of one model and condition count."""
+    row = rows[0]
+    wanted = {"model": str(row["model"]), "condition": report.asked(row), **asked}
+    return f"#find?{urlencode(wanted, errors='replace')}"
+
+
 def _board(rows: Sequence[Row], lines: Sequence[Line]) -> dict[str, Any]:
     """The leaderboard: a line for each model and condition, a column for each prompt."""
     prompts = report.prompts_of(rows)
@@ -159,10 +167,14 @@ def _board(rows: Sequence[Row], lines: Sequence[Line]) -> dict[str, Any]:
         "lines": [
             {
                 "model": name[0],
-                "key": mine[0]["model"],
+                "found": _find(mine),
+                "lost": _find(mine, outcome="not passed"),
                 "asked": name[1],
                 "rank": ranks.get(name) or "-",
-                "means": [_number(_mean(mine, prompt)) for prompt in prompts],
+                "means": [
+                    {**_number(_mean(mine, prompt)), "found": _find(mine, prompt=prompt)}
+                    for prompt in prompts
+                ],
                 "gap": _number(report.gap_of(mine, report.REWARD), "+"),
                 "tokens": round(
                     sum(row["prompt_tokens"] + row["completion_tokens"] for row in mine) / len(mine)
@@ -192,6 +204,7 @@ def _tasks(rows: Sequence[Row], lines: Sequence[Line]) -> dict[str, Any]:
                 "group": group,
                 "task": task,
                 "cells": [_heat([row for row in mine if row["task"] == task]) for _, mine in columns],
+                "found": f"#find?{urlencode({'task': task}, errors='replace')}",
             }
             for group, task in names
         ],
@@ -205,6 +218,7 @@ def _heat(rows: Sequence[Row]) -> dict[str, Any]:
         "text": f"{passed / len(valid):.2f}" if valid else "-",
         "title": f"{report.rate(valid)}, {passed} of {len(valid)} episodes",
         "step": round(10 * passed / len(valid)) if valid else "none",
+        "found": _find(rows, prompt=rows[0]["prompt"], task=rows[0]["task"]) if rows else "",
     }
 
 
@@ -256,7 +270,10 @@ def _ledger(lines: Sequence[Line]) -> dict[str, Any]:
                 "model": name[0],
                 "asked": name[1],
                 "prompt": prompt,
-                "counts": [counts[outcome] for outcome in outcomes],
+                "counts": [
+                    {"text": counts[outcome], "found": _find(mine, prompt=prompt, outcome=outcome)}
+                    for outcome in outcomes
+                ],
             }
             for name, mine in lines
             for prompt in report.prompts_of(mine)
@@ -392,8 +409,10 @@ def _episodes(runs: Sequence[Run], shown: set[str]) -> tuple[dict[str, Any], lis
             "task",
             "group",
             "model",
+            "prompt",
             "condition",
             "number",
+            "counted",
             "outcome",
             "reward",
             "words",
@@ -401,19 +420,22 @@ def _episodes(runs: Sequence[Run], shown: set[str]) -> tuple[dict[str, Any], lis
     }
     episodes = []
     for number, run in enumerate(runs):
+        counted = set(map(id, report.counted(run.found)))
         for record in run.found:
-            condition = _condition(record)
+            condition = report.asked(record)
             apart = _told_apart({"model": record["model"], "run_directory": run.name})
             said = records.messages(record)
             prompt = next((message.content for message in said if message.role == "user"), "")
             values = {
-                "id": _identity(number, record, condition),
+                "id": _identity(number, record, f"{record['prompt']} {condition}"),
                 "run": number,
                 "task": record["task"],
                 "group": record["group"],
                 "model": apart if apart in shown else record["model"],
+                "prompt": record["prompt"],
                 "condition": condition,
                 "number": record["run"],
+                "counted": int(id(record) in counted),
                 "outcome": record["outcome"],
                 "reward": record["reward"],
                 "words": f"{prompt[:FIRST_WORDS]} {record['answer'][:FIRST_WORDS]}",
@@ -422,7 +444,8 @@ def _episodes(runs: Sequence[Run], shown: set[str]) -> tuple[dict[str, Any], lis
                 columns[key].append(value)
             episodes.append(_readable(record, said))
     names = {
-        key: list(dict.fromkeys(columns[key])) for key in ("task", "group", "model", "condition", "outcome")
+        key: list(dict.fromkeys(columns[key]))
+        for key in ("task", "group", "model", "prompt", "condition", "outcome")
     }
     places = {key: {name: place for place, name in enumerate(found)} for key, found in names.items()}
     packed = {
@@ -435,12 +458,6 @@ def _episodes(runs: Sequence[Run], shown: set[str]) -> tuple[dict[str, Any], lis
         data = json.dumps(part, separators=(",", ":")).encode()
         chunks.append(base64.b64encode(gzip.compress(data, 9, mtime=0)).decode())
     return {"names": names, "columns": packed, "chunk": CHUNK, "runs": [run.name for run in runs]}, chunks
-
-
-def _condition(record: Mapping[str, Any]) -> str:
-    think = "think" if record["think"] else "no-think"
-    best_of = f" best of {record['best_of']}" if record["best_of"] > 1 else ""
-    return f"{record['prompt']} {think} t{record['temperature']:g}{best_of}"
 
 
 def _identity(run: int, record: Mapping[str, Any], condition: str) -> str:

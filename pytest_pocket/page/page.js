@@ -44,7 +44,9 @@
       const cell = head.parentElement;
       const table = cell.closest("table");
       const place = cell.cellIndex;
-      const down = cell.getAttribute("aria-sort") !== "descending";
+      const sorted = cell.getAttribute("aria-sort");
+      // Numbers are read from the top, words from A.
+      const down = sorted === "none" ? cell.classList.contains("n") : sorted === "ascending";
       for (const other of table.tHead.querySelectorAll("th")) other.setAttribute("aria-sort", "none");
       cell.setAttribute("aria-sort", down ? "descending" : "ascending");
       const key = (row) => {
@@ -53,9 +55,10 @@
         return text !== "" && isFinite(text) ? Number(text) : text;
       };
       const order = (a, b) => (typeof a === "number" && typeof b === "number" ? a - b : String(a).localeCompare(String(b)));
+      const missing = (value) => value === "" || value === "-";
       const body = table.tBodies[0];
       const rows = [...body.rows].map((row) => [key(row), row]);
-      rows.sort(([a], [b]) => (down ? order(b, a) : order(a, b)));
+      rows.sort(([a], [b]) => missing(a) - missing(b) || (down ? order(b, a) : order(a, b)));
       body.append(...rows.map(([, row]) => row));
     });
   }
@@ -77,18 +80,23 @@
       chart.setOption({ animation: !calm, textStyle: { color: ink }, tooltip: { renderMode: "richText" }, grid: { left: 56, right: 24, top: 40, bottom: 56 }, ...option });
       charts.push(chart);
     };
+    // An interval as an upright line; it comes and goes with the series of its name.
+    const interval = (name, color, points) => ({
+      name, type: "line", symbol: "none", silent: true, tooltip: { show: false }, lineStyle: { color, width: 1 }, itemStyle: { color },
+      data: points.filter(([, { half }]) => half !== null).flatMap(([x, { value, half }]) => [[x, Math.max(0, value - half)], [x, Math.min(1, Number(value) + half)], [x, null]]),
+    });
     if ($("arc-chart")) {
       const prompts = Object.keys(data.arc[0].means);
       draw("arc-chart", {
         legend: { textStyle: { color: ink }, data: prompts },
         xAxis: axis({ type: "category", data: data.arc.map((stage) => stage.model) }),
         yAxis: axis({ type: "value", min: 0, max: 1, name: "mean reward" }),
-        series: prompts.map((prompt, index) => ({
+        series: prompts.flatMap((prompt, index) => [{
           name: prompt, type: "line", symbol: looks[index % 4][1], symbolSize: 12,
           lineStyle: { type: ["solid", "dashed", "dotted"][index % 3] },
           itemStyle: { color: looks[index % 4][0] },
           data: data.arc.map((stage) => (stage.means[prompt] ? Number(stage.means[prompt].value) : null)),
-        })),
+        }, interval(prompt, looks[index % 4][0], data.arc.filter((stage) => stage.means[prompt]).map((stage) => [stage.model, stage.means[prompt]]))]),
       });
     }
     if ($("pareto-chart")) {
@@ -100,6 +108,8 @@
         series: [
           { name: "front", type: "line", step: "end", symbol: "diamond", symbolSize: 14, itemStyle: { color: looks[1][0] }, data: points(true) },
           { name: "behind it", type: "scatter", symbol: "circle", symbolSize: 10, itemStyle: { color: looks[0][0] }, data: points(false) },
+          ...[true, false].map((front) => interval(front ? "front" : "behind it", looks[front ? 1 : 0][0],
+            data.pareto.filter((point) => point.front === front).map((point) => [point.tokens, point.reward]))),
         ],
       });
     }
@@ -108,7 +118,9 @@
 
   // The list
   const filters = $("filters");
-  for (const key of ["model", "condition", "task", "outcome"]) {
+  const CHOICES = ["model", "prompt", "condition", "task", "outcome"];
+  const LOST = "not passed";
+  for (const key of CHOICES) {
     for (const name of names[key]) {
       const option = make("option", visible(name));
       option.value = `=${name}`;
@@ -117,27 +129,67 @@
   }
   let found = [];
   let page = 0;
-  function filter() {
+  let search = 0;
+  async function filter() {
+    const mine = ++search;
     const asked = {};
-    for (const key of ["model", "condition", "task", "outcome"]) {
+    for (const key of CHOICES) {
       const value = filters.elements[key].value;
       asked[key] = value.startsWith("=") ? names[key].indexOf(value.slice(1)) : value;
     }
     const passed = names.outcome.indexOf("passed");
     const words = filters.elements.words.value.toLowerCase();
-    found = [];
+    const every = filters.elements.every.checked;
+    const said = (n) => !words || columns.words[n].toLowerCase().includes(words) || columns.id[n].toLowerCase().includes(words);
+    const wanted = [];
     for (let n = 0; n < COUNT; n++) {
-      const wanted = ["model", "condition", "task", "outcome"].every(
-        (key) => asked[key] === "" || asked[key] === columns[key][n] || (asked[key] === "failed" && columns.outcome[n] !== passed));
-      if (wanted && (!words || columns.words[n].toLowerCase().includes(words) || columns.id[n].toLowerCase().includes(words))) found.push(n);
+      if ((every || columns.counted[n]) && CHOICES.every(
+        (key) => asked[key] === "" || asked[key] === columns[key][n] || (asked[key] === LOST && columns.outcome[n] !== passed))) wanted.push(n);
     }
+    let hits = wanted.filter(said);
+    if (words && filters.elements.whole.checked) {
+      hits = [];
+      for (let place = 0; place < wanted.length; place++) {
+        const n = wanted[place];
+        const episode = await episodeOf(n);
+        if (mine !== search) return;
+        if (place % 500 === 0) $("count").textContent = `searching: ${place} of ${wanted.length}`;
+        if (said(n) || strings(episode).some((text) => text.toLowerCase().includes(words))) hits.push(n);
+      }
+    }
+    found = hits;
     page = 0;
     showList();
+  }
+  // Every text of an episode.
+  const strings = (value) => (typeof value === "string" ? [value]
+    : value && typeof value === "object" ? Object.values(value).flatMap(strings) : []);
+  // The filters stand in the address, so that what is shown can be linked.
+  function remember() {
+    const asked = new URLSearchParams();
+    for (const key of CHOICES) if (filters.elements[key].value) asked.set(key, filters.elements[key].value.replace(/^=/, ""));
+    if (filters.elements.words.value) asked.set("words", filters.elements.words.value);
+    for (const key of ["whole", "every"]) if (filters.elements[key].checked) asked.set(key, "1");
+    history.replaceState(null, "", `#find?${asked}`);
+  }
+  function find(asked) {
+    filters.reset();
+    for (const key of CHOICES) {
+      const value = asked.get(key) ?? "";
+      const options = [...filters.elements[key].options].map((option) => option.value);
+      filters.elements[key].value = options.find((option) => option === `=${value}`) ?? (options.includes(value) ? value : "");
+    }
+    filters.elements.words.value = asked.get("words") ?? "";
+    for (const key of ["whole", "every"]) filters.elements[key].checked = asked.get(key) === "1";
+    filter();
+    $("episodes").scrollIntoView({ behavior: calm ? "auto" : "smooth" });
+    $("list").querySelector("a")?.focus({ preventScroll: true });
   }
   function showList() {
     const last = Math.max(0, Math.ceil(found.length / PAGE) - 1);
     page = Math.min(Math.max(page, 0), last);
     $("count").textContent = `${found.length} of ${COUNT} episodes`;
+    $("list").parentElement.scrollLeft = 0;
     $("where").textContent = `page ${page + 1} of ${last + 1}`;
     $("previous").disabled = page === 0;
     $("next").disabled = page === last;
@@ -149,29 +201,23 @@
       first.append(link);
       if (runs.length > 1) first.append(` (${visible(runs[columns.run[n]])})`);
       const reward = columns.reward[n];
-      row.append(first, make("td", visible(names.model[columns.model[n]])), make("td", visible(names.condition[columns.condition[n]])),
-        make("td", visible(names.outcome[columns.outcome[n]])), make("td", reward === null ? "invalid" : reward.toFixed(2), "n"));
+      const outcome = names.outcome[columns.outcome[n]];
+      row.append(first,
+        make("td", `${outcome === "passed" ? "✓" : "✗"} ${visible(outcome)}`, outcome === "passed" ? "good" : "bad"),
+        make("td", reward === null ? "invalid" : reward.toFixed(2), "n"),
+        ...["model", "prompt", "condition"].map((key) => make("td", visible(names[key][columns[key][n]]))));
       return row;
     }));
   }
   const address = (n) => `#episode=${encodeURIComponent(columns.id[n])}`;
-  filters.addEventListener("input", filter);
+  filters.addEventListener("input", () => { remember(); filter(); });
   filters.addEventListener("submit", (event) => event.preventDefault());
   $("previous").addEventListener("click", () => { page--; showList(); });
   $("next").addEventListener("click", () => { page++; showList(); });
-  for (const button of document.querySelectorAll(".failures")) {
-    button.addEventListener("click", () => {
-      filters.reset();
-      filters.elements.model.value = `=${button.dataset.model}`;
-      filters.elements.outcome.value = "failed";
-      filter();
-      $("episodes").scrollIntoView({ behavior: calm ? "auto" : "smooth" });
-      $("list").querySelector("a")?.focus({ preventScroll: true });
-    });
-  }
 
   // An episode
   const unpacked = new Map();
+  const episodeOf = async (n) => (await unpack(Math.floor(n / CHUNK)))[n % CHUNK];
   async function unpack(number) {
     if (!unpacked.has(number)) {
       const text = document.getElementsByClassName("chunk")[number].textContent;
@@ -220,11 +266,11 @@
   let open = -1;
   async function show(n) {
     open = n;
-    const episode = (await unpack(Math.floor(n / CHUNK)))[n % CHUNK];
+    const episode = await episodeOf(n);
     if (open !== n) return;
     const outcome = names.outcome[columns.outcome[n]];
     const reward = columns.reward[n];
-    $("episode-h").textContent = visible(`${names.task[columns.task[n]]} ${columns.number[n]} · ${names.model[columns.model[n]]} · ${names.condition[columns.condition[n]]}`);
+    $("episode-h").textContent = visible(`${names.task[columns.task[n]]} ${columns.number[n]} · ${names.model[columns.model[n]]} · ${names.prompt[columns.prompt[n]]} ${names.condition[columns.condition[n]]}`);
     const cause = make("div", undefined, `cause ${outcome === "passed" ? "passed" : ""}`);
     cause.append(make("strong", `${visible(outcome)}, ${reward === null ? "invalid" : `reward ${reward.toFixed(3)}`}`));
     for (const check of episode.checks) {
@@ -248,10 +294,14 @@
   $("close").addEventListener("click", () => dialog.close());
   dialog.addEventListener("close", () => {
     open = -1;
-    if (location.hash.startsWith("#episode=")) history.replaceState(null, "", "#episodes");
+    if (location.hash.startsWith("#episode=")) remember();
   });
   function follow() {
-    if (!location.hash.startsWith("#episode=")) return;
+    if (!location.hash.startsWith("#episode=")) {
+      dialog.close();
+      if (location.hash.startsWith("#find?")) find(new URLSearchParams(location.hash.slice(6)));
+      return;
+    }
     let id = "";
     try { id = decodeURIComponent(location.hash.slice(9)); } catch { /* no such episode */ }
     const n = columns.id.indexOf(id);
@@ -259,6 +309,10 @@
     else $("count").textContent = "the address names no episode of this page";
   }
   addEventListener("hashchange", follow);
+  // A link to where one already is does not change the address.
+  addEventListener("click", (event) => {
+    if (event.target.closest("a")?.getAttribute("href") === location.hash) follow();
+  });
 
   showTheme();
   filter();
