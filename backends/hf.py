@@ -104,17 +104,31 @@ class HFBackend:
         if batch < 1:
             raise ModelError(f"batch {batch} is not at least 1")
         path, adapter = _base_of(path, adapter)
-        self.device = _device(device)
-        self.dtype = dtype or ("float32" if self.device == "cpu" else "auto")
-        self._tokenizer = _load_tokenizer(path)
-        self._model = _load_model(path, adapter, self.device, self.dtype)
-        self.dtype = str(self._model.dtype).removeprefix("torch.")
+        device = _device(device)
+        dtype = dtype or ("float32" if device == "cpu" else "auto")
+        self._serve(_load_model(path, adapter, device, dtype), _load_tokenizer(path), path, batch)
+
+    @classmethod
+    def around(cls, model: Any, tokenizer: Any, batch: int = 64) -> HFBackend:
+        """A backend over a model in memory, which its owner goes on training: call ``weights_changed`` then."""
+        backend = cls.__new__(cls)
+        backend._serve(model, tokenizer, "the model in memory", batch)
+        return backend
+
+    def _serve(self, model: Any, tokenizer: Any, path: str, batch: int) -> None:
+        self._model, self._tokenizer = model, tokenizer
+        self.device = str(model.device)
+        self.dtype = str(model.dtype).removeprefix("torch.")
         self._rendering = threading.Lock()
         self._probe_template(path)
-        config = self._model.config.get_text_config()
+        config = model.config.get_text_config()
         self.model_window = int(getattr(config, "max_position_embeddings", None) or UNLIMITED)
-        self._engine = _Engine(self._model, _stop_ids(self._model, self._tokenizer), batch)
+        self._engine = _Engine(model, _stop_ids(model, tokenizer), batch)
         self._name = f"transformers {_version()}"
+
+    def weights_changed(self) -> None:
+        """Forget what was computed with the weights of before.  No request may be in flight."""
+        self._engine.forget()
 
     def chat(self, request: ChatRequest) -> ChatReply:
         """Answer one request.  Raises EngineError for the engine's faults, Cancelled after ``cancel``."""
@@ -275,6 +289,10 @@ class _Engine:
                 self._resolve(row, self._ended)
             self._changed.notify()
 
+    def forget(self) -> None:
+        """Drop the openings that are kept read."""
+        self._batch.forget()
+
     def join(self) -> None:
         """Wait until the thread has ended, and let go of the model."""
         self._thread.join()
@@ -361,7 +379,8 @@ class _Batch:
         self.clear()
         self.joinable = True
         self._shareable = False
-        self._openings: list[tuple[list[int], Any]] = []  # the one used last is the last
+        # The one used last is the last.
+        self._openings: list[tuple[list[int], Any]] = []
 
     def clear(self) -> None:
         """Forget all rows."""
@@ -369,10 +388,14 @@ class _Batch:
         self._cache: Any = None
         self._mask: Any = None
 
+    def forget(self) -> None:
+        """Drop the openings that are kept read."""
+        self._openings = []
+
     def release(self) -> None:
         """Forget all rows and the model."""
         self.clear()
-        self._openings = []
+        self.forget()
         self._model = None
 
     def read(self, rows: Sequence[_Row]) -> tuple[Any, Any, Any]:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from pytest_pocket.chat import Message
     from pytest_pocket.registry import Model
 
-STAGES = ("data", "tokenizer", "pretrain", "sft")
+STAGES = ("data", "tokenizer", "pretrain", "sft", "rlvr")
 USAGE = 2
 RESULT_LINES = 20
 """How much of one message ``--trace`` shows."""
@@ -348,7 +348,7 @@ def _plain() -> bool:
     add_help_option=False,
 )
 def train(context: typer.Context, stage: Annotated[str, typer.Argument(help="The stage.")] = "") -> None:
-    """Train: pocket train STAGE [OPTIONS], where STAGE is one of data, tokenizer, pretrain, sft."""
+    """Train: pocket train STAGE [OPTIONS], where STAGE is one of data, tokenizer, pretrain, sft, rlvr."""
     if stage in ("-h", "--help"):
         typer.echo(context.get_help())
         return

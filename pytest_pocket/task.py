@@ -63,6 +63,7 @@ class Draw:
         self.split = split_of(seed)
         self.random = random.Random(f"{task}:{seed}")
         self.unseen: list[str] = []
+        self.reach = 0.0
         self._novel = self.split != "train" and self.chance(HELD_OUT_SHARE)
 
     def pick(self, options: Sequence[T]) -> T:
@@ -90,14 +91,17 @@ class Draw:
         if held_out and self._novel and self.chance(0.5):
             self.unseen.append(label)
             return self.pick(held_out)
-        return self.pick(kinds.train)
+        place = self.number(0, len(kinds.train) - 1)
+        self.reach = max(self.reach, place / len(kinds.train))
+        return kinds.train[place]
 
 
 @dataclass(frozen=True)
 class Instance:
     """One problem.  ``expect`` is hidden from the model; ``setup`` is a bash script run before it starts.
 
-    ``unseen`` names the kinds that training never shows (of "wording", "layout", "family").
+    ``unseen`` names the kinds that training never shows (of "wording", "layout", "family").  ``reach``, in [0, 1),
+    says how far down the lists of the training kinds it went: what lies below 0.7 shows no kind of the last 30%.
     """
 
     task: str
@@ -107,6 +111,7 @@ class Instance:
     expect: Mapping[str, Any]
     setup: str = ""
     unseen: tuple[str, ...] = ()
+    reach: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -214,6 +219,7 @@ class Task:
             expect=instance.expect,
             setup=instance.setup,
             unseen=tuple(dict.fromkeys(draw.unseen)),
+            reach=draw.reach,
         )
 
     def make(self, draw: Draw) -> Problem:

@@ -269,6 +269,16 @@ def test_training_never_shows_what_is_held_out(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", TASKS)
+def test_the_reach_of_an_instance_is_the_furthest_kind_that_it_drew(name: str) -> None:
+    instances = [TASKS[name].build(instance_seed("train", index)) for index in range(400)]
+    near = {each.prompt.split()[0] for each in instances if each.reach < 0.5}
+    far = {each.prompt.split()[0] for each in instances if each.reach >= 0.5}
+    assert all(0 <= each.reach < 1 for each in instances)
+    assert near
+    assert far - near  # some openings of the prompt come only with a wording from the list's second half
+
+
+@pytest.mark.parametrize("name", TASKS)
 def test_an_instance_depends_on_its_seed_alone(name: str) -> None:
     @settings(max_examples=20, deadline=None)
     @given(st.sampled_from(SPLITS), st.integers(0, 10**9 - 1))

@@ -136,6 +136,15 @@ def test_an_instance_that_equals_a_held_out_one_is_recognised() -> None:
     assert data.fingerprint(task.build(instance_seed("train", 7))) not in guarded
 
 
+def test_traces_leave_out_the_kinds_that_the_recipe_says() -> None:
+    plan = recipe.Data(episodes_per_task=6, kinds=0.5, stumble=0.0, seed=0)
+    found, counts = data._play(("run_script", 0, 6, plan))
+    built = [task_list.find(trace.task).build(trace.seed) for trace in found]
+    assert len(built) == 6
+    assert all(each.reach < 0.5 for each in built)
+    assert counts["of kinds that traces leave out"] > 0
+
+
 def test_missing_traces_say_how_to_make_them(tmp_path: Path) -> None:
     with pytest.raises(data.DataError, match="pocket train data"):
         data.read(tmp_path / "none.jsonl")
@@ -209,10 +218,10 @@ def test_the_loss_and_its_gradient_are_those_of_each_row_by_itself(
         loss.backward()
         return [parameter.grad.clone() for parameter in model.parameters()]
 
-    together = fit.next_token_loss(model, *fit._tensors(rows))
+    together = fit.next_token_loss(model, *fit.tensors(rows))
     targets = sum(sum(row.targets[1:]) for row in rows)
     alone = sum(
-        fit.next_token_loss(model, *fit._tensors([row])) * (sum(row.targets[1:]) / targets) for row in rows
+        fit.next_token_loss(model, *fit.tensors([row])) * (sum(row.targets[1:]) / targets) for row in rows
     )
     torch.testing.assert_close(together, alone)
     for one, other in zip(gradients(together), gradients(alone), strict=True):

@@ -17,7 +17,7 @@ from typing import Any
 from pytest_pocket import records
 from pytest_pocket.registry import MANIFEST, file_hash, sha256_json, tools_hash
 from pytest_pocket.task import SUITE_VERSION
-from pytest_pocket.training.recipe import Fit, Recipe
+from pytest_pocket.training.recipe import RL, Fit, Recipe
 
 
 def save(
@@ -65,6 +65,6 @@ def save(
     os.replace(partial, directory)
 
 
-def recipe_hash(recipe: Recipe, stage: Fit) -> str:
+def recipe_hash(recipe: Recipe, stage: Fit | RL) -> str:
     """The hash of all values of a recipe that one stage depends on."""
     return sha256_json([recipe.vocabulary, recipe.model, asdict(recipe.data), asdict(stage)])

@@ -177,7 +177,8 @@ def steps(
         yield (batch, next(copied)) if choice.random() < fit.copies else (batch,)
 
 
-def _optimizers(model: Any, fit: Fit) -> list[Any]:
+def optimizers_of(model: Any, muon_lr: float, adam_lr: float) -> list[Any]:
+    """Muon for the matrices of the layers, AdamW for the rest."""
     import torch
 
     matrices = [
@@ -188,8 +189,8 @@ def _optimizers(model: Any, fit: Fit) -> list[Any]:
     chosen = {id(p) for p in matrices}
     rest = [p for p in model.parameters() if id(p) not in chosen]
     return [
-        torch.optim.Muon(matrices, lr=fit.muon_lr, weight_decay=0.01, momentum=0.95),
-        torch.optim.AdamW(rest, lr=fit.adam_lr, betas=(0.9, 0.98), weight_decay=0.0),
+        torch.optim.Muon(matrices, lr=muon_lr, weight_decay=0.01, momentum=0.95),
+        torch.optim.AdamW(rest, lr=adam_lr, betas=(0.9, 0.98), weight_decay=0.0),
     ]
 
 
@@ -198,7 +199,7 @@ def schedule(done: float) -> float:
     return min(1.0, (done + 1e-3) / WARMUP, max(0.02, (1.0 - done) / DECAY))
 
 
-def _tensors(batch: list[Rendered]) -> tuple[Any, Any]:
+def tensors(batch: list[Rendered]) -> tuple[Any, Any]:
     """Token ids and labels, each of shape [rows, width], padded on the right: causal attention needs no mask."""
     import torch
 
@@ -225,13 +226,18 @@ def arguments(stage: str, description: str | None) -> argparse.ArgumentParser:
 
 
 def next_token_loss(model: Any, ids: Any, labels: Any) -> Any:
-    """The mean cross-entropy of the targets, from shapes [rows, width], padded on the right.
+    """The mean cross-entropy of the targets, from shapes [rows, width], padded on the right."""
+    import torch
+
+    return torch.nn.functional.cross_entropy(*target_logits(model, ids, labels))
+
+
+def target_logits(model: Any, ids: Any, labels: Any) -> tuple[Any, Any]:
+    """The logits of the targets in float32, of shape [targets, vocabulary], and the targets, row by row.
 
     What all rows begin with (system prompt and tools: half of a trace) is computed once, and only the targets'
     hidden states reach the output layer.
     """
-    import torch
-
     decoder = model.get_decoder()
     alike = (ids == ids[:1]).all(0) & (labels == IGNORED).all(0)
     # One less: the first target is predicted from the token before it, which must be among the rows' own.
@@ -244,7 +250,30 @@ def next_token_loss(model: Any, ids: Any, labels: Any) -> Any:
     hidden = decoder(input_ids=ids, past_key_values=cache, use_cache=cache is not None).last_hidden_state
     wanted = labels[:, 1:] != IGNORED
     logits = model.get_output_embeddings()(hidden[:, :-1][wanted])
-    return torch.nn.functional.cross_entropy(logits.float(), labels[:, 1:][wanted])
+    return logits.float(), labels[:, 1:][wanted]
+
+
+def save_state(path: Path, model: Any, optimizers: Sequence[Any], **progress: Any) -> None:
+    """Keep all that a run needs to go on after a kill; the file before it stays whole until this one is."""
+    import torch
+
+    partial = path.with_suffix(".partial")
+    values = [optimizer.state_dict() for optimizer in optimizers]
+    torch.save({"model": model.state_dict(), "optimizers": values, **progress}, partial)
+    os.replace(partial, path)
+
+
+def load_state(path: Path, model: Any, optimizers: Sequence[Any], device: str = "cpu") -> dict[str, Any]:
+    """Put a run back where it was, and return its progress; empty when there is nothing to go on with."""
+    import torch
+
+    if not path.is_file():
+        return {}
+    saved: dict[str, Any] = torch.load(path, map_location=device, weights_only=True)
+    model.load_state_dict(saved["model"])
+    for optimizer, values in zip(optimizers, saved["optimizers"], strict=True):
+        optimizer.load_state_dict(values)
+    return saved
 
 
 def fit_model(
@@ -265,16 +294,12 @@ def fit_model(
     import torch
 
     model.to(device).train()
-    optimizers = _optimizers(model, fit)
+    optimizers = optimizers_of(model, fit.muon_lr, fit.adam_lr)
     rates = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
     curve: list[dict[str, float]] = []
     seen = steps = 0
     spent = 0.0
-    if state.is_file():
-        saved = torch.load(state, map_location=device, weights_only=True)
-        model.load_state_dict(saved["model"])
-        for optimizer, values in zip(optimizers, saved["optimizers"], strict=True):
-            optimizer.load_state_dict(values)
+    if saved := load_state(state, model, optimizers, device):
         seen, steps, spent, curve = saved["seen"], saved["steps"], saved["spent"], saved["curve"]
     for _ in range(steps):
         next(batches_of_steps)
@@ -282,25 +307,14 @@ def fit_model(
     recent: list[float] = []
 
     def save() -> None:
-        partial = state.with_suffix(".partial")
-        torch.save(
-            {
-                "model": model.state_dict(),
-                "optimizers": [optimizer.state_dict() for optimizer in optimizers],
-                "seen": seen,
-                "steps": steps,
-                "spent": spent + time.monotonic() - started,
-                "curve": curve,
-            },
-            partial,
-        )
-        os.replace(partial, state)
+        now = spent + time.monotonic() - started
+        save_state(state, model, optimizers, seen=seen, steps=steps, spent=now, curve=curve)
 
     while seen < fit.tokens:
         losses = []
         before = seen
         for batch in next(batches_of_steps):
-            ids, labels = (tensor.to(device) for tensor in _tensors(batch))
+            ids, labels = (tensor.to(device) for tensor in tensors(batch))
             loss = next_token_loss(model, ids, labels)
             loss.backward()
             losses.append(loss.item())

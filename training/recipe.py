@@ -13,6 +13,8 @@ from typing import Any, TypeVar
 from pytest_pocket.conditions import SYSTEM_PROMPTS
 
 T = TypeVar("T")
+OVERLONG = ("score", "mask")
+"""What to do with episodes that hit a limit."""
 
 
 class RecipeError(ValueError):
@@ -21,9 +23,14 @@ class RecipeError(ValueError):
 
 @dataclass(frozen=True)
 class Data:
-    """The traces: how many of each task, and the share that begins with a mistake and its recovery."""
+    """The traces: how many of each task, and the share that begins with a mistake and its recovery.
+
+    ``kinds`` is the share of each list of wordings, layouts and families that they show: demonstrations are dear,
+    and what they leave out is for reinforcement learning to find.
+    """
 
     episodes_per_task: int
+    kinds: float
     stumble: float
     seed: int
 
@@ -47,6 +54,37 @@ class Fit:
 
 
 @dataclass(frozen=True)
+class RL:
+    """Reinforcement learning: in each of ``steps``, ``group`` attempts at each of ``instances`` training instances.
+
+    ``prompts`` and ``think`` as in :class:`Fit`, drawn for each group.  An episode may have ``turns`` replies of
+    ``reply_tokens`` each, ``tokens`` in all; one that hits a limit has its reward (``overlong = "score"``) or is
+    left out (``"mask"``).  The rollouts of a step give ``updates`` optimizer steps, each of a part of them.  The
+    ratio of new to old probability is clipped to [1 - clip_low, 1 + clip_high]; ``kl`` weighs the divergence from
+    the parent, and 0 spares computing it.
+    """
+
+    prompts: Mapping[str, float]
+    think: float
+    temperature: float
+    steps: int
+    instances: int
+    group: int
+    turns: int
+    reply_tokens: int
+    tokens: int
+    overlong: str
+    updates: int
+    clip_low: float
+    clip_high: float
+    kl: float
+    batch_tokens: int
+    muon_lr: float
+    adam_lr: float
+    seed: int
+
+
+@dataclass(frozen=True)
 class Recipe:
     """All stages of a family.  ``model`` goes to transformers' Qwen3Config as it is."""
 
@@ -56,6 +94,7 @@ class Recipe:
     data: Data
     pretrain: Fit
     sft: Fit
+    rlvr: RL
 
 
 def load(name: str) -> Recipe:
@@ -69,7 +108,7 @@ def load(name: str) -> Recipe:
         table = tomllib.loads(path.read_text())
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise RecipeError(f"recipe {path} is not TOML: {error}") from None
-    unknown = table.keys() - {"tokenizer", "model", "data", "pretrain", "sft"}
+    unknown = table.keys() - {"tokenizer", "model", "data", "pretrain", "sft", "rlvr"}
     if unknown:
         raise RecipeError(f"recipe {path} has unknown tables: {', '.join(sorted(unknown))}")
     try:
@@ -80,11 +119,16 @@ def load(name: str) -> Recipe:
             _table(Data, table["data"]),
             _table(Fit, table["pretrain"]),
             _table(Fit, table["sft"]),
+            _table(RL, table["rlvr"]),
         )
     except (KeyError, TypeError) as error:
         raise RecipeError(f"recipe {path}: {error}") from None
-    for fit in (recipe.pretrain, recipe.sft):
-        if wrong := fit.prompts.keys() - SYSTEM_PROMPTS.keys():
+    if recipe.rlvr.overlong not in OVERLONG:
+        raise RecipeError(
+            f"recipe {path}: overlong {recipe.rlvr.overlong!r}: choose from {', '.join(OVERLONG)}"
+        )
+    for stage in (recipe.pretrain, recipe.sft, recipe.rlvr):
+        if wrong := stage.prompts.keys() - SYSTEM_PROMPTS.keys():
             raise RecipeError(
                 f"recipe {path}: unknown prompt {min(wrong)!r}: choose from {', '.join(SYSTEM_PROMPTS)}"
             )

@@ -11,6 +11,7 @@ import argparse
 import json
 from pathlib import Path
 
+from pytest_pocket.backends.hf import HFBackend
 from pytest_pocket.conditions import Condition
 from pytest_pocket.registry import Registry
 from pytest_pocket.training.evaluate import episodes
@@ -23,7 +24,7 @@ def main() -> None:
     parser.add_argument("--in-flight", type=int, default=32)
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
-    path = Registry().resolve(options.model).target
+    backend = HFBackend(Registry().resolve(options.model).target)
     counts = {
         "model": options.model,
         "in_flight": options.in_flight,
@@ -33,12 +34,13 @@ def main() -> None:
     }
     for prompt in ("raw", "full"):
         one, many = (
-            episodes(path, "eval", options.runs, Condition(prompt), in_flight)
+            episodes(backend, "eval", options.runs, Condition(prompt), in_flight)
             for in_flight in (1, options.in_flight)
         )
         counts["episodes"] += len(one)
         counts["outcomes_flipped"] += sum(a.outcome != b.outcome for a, b in zip(one, many, strict=True))
         counts["texts_differ"] += sum(a.messages != b.messages for a, b in zip(one, many, strict=True))
+    backend.close()
     counts["flip_rate"] = round(counts["outcomes_flipped"] / counts["episodes"], 4)
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps(counts, indent=2) + "\n")

@@ -1,0 +1,317 @@
+"""rlvr: reinforcement learning with verifiable rewards, on the tasks themselves.
+
+Groups of attempts at training instances are played in the suite's own loop and sandbox, all in flight together, and
+scored by the tasks' rewards.  An attempt that did better than its group is made likelier, token by token: GRPO
+(Shao et al. 2024, arXiv:2402.03300), its advantage not divided by the group's deviation (Liu et al. 2025,
+arXiv:2503.20783), its loss a mean over tokens with a wider upper clip (Yu et al. 2025, arXiv:2503.14476).  Exactly the
+sampled tokens are learned from: the ids come from the engine, nothing is tokenised again.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import json
+import math
+import random
+import statistics
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pytest_pocket import sandbox, task_list
+from pytest_pocket.backends.hf import HFBackend
+from pytest_pocket.chat import Backend
+from pytest_pocket.conditions import Condition
+from pytest_pocket.episode import Budget, Episode, Workshop, play
+from pytest_pocket.registry import Registry
+from pytest_pocket.task import Instance, instance_seed
+from pytest_pocket.training import checkpoint, data, fit, recipe
+from pytest_pocket.training.evaluate import on_dev
+from pytest_pocket.training.fit import Rendered, TrainingError
+from pytest_pocket.training.recipe import RL
+
+IN_FLIGHT = 64
+FIRST = 500_000_000
+"""Where the training instances of this stage begin: the traces of the others hold earlier ones."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Texts to learn from, and how much better the episode was than the others of its group."""
+
+    text: Rendered
+    advantage: float
+
+
+def rollouts(plan: RL, step: int, backend: Backend, workshop: Workshop) -> list[list[Episode]]:
+    """The groups of a step: attempts at one instance under one condition, a list for each."""
+    choice = random.Random(f"{plan.seed}:{step}")
+    tasks = list(task_list.shipped().values())
+    prompts, shares = zip(*plan.prompts.items(), strict=True)
+    groups = []
+    for _ in range(plan.instances):
+        task = choice.choice(tasks)
+        instance = drawn(task.name, choice)
+        condition = Condition(
+            choice.choices(prompts, shares)[0], choice.random() < plan.think, plan.temperature
+        )
+        groups.append((task, instance, condition))
+    budget = Budget(turns=plan.turns, tokens=plan.tokens, reply_tokens=plan.reply_tokens)
+
+    def attempt(number: int) -> Episode:
+        task, instance, condition = groups[number // plan.group]
+        sample = step * plan.group + number % plan.group
+        return play(
+            task, instance, backend, workshop, condition, budget=budget, seed=plan.seed, sample=sample
+        )
+
+    with ThreadPoolExecutor(IN_FLIGHT) as threads:
+        done = list(threads.map(attempt, range(len(groups) * plan.group)))
+    return [done[start : start + plan.group] for start in range(0, len(done), plan.group)]
+
+
+def drawn(task: str, choice: random.Random) -> Instance:
+    """A training instance that no trace was made of and that equals none that models are tested on."""
+    while True:
+        instance = task_list.find(task).build(instance_seed("train", FIRST + choice.randrange(FIRST)))
+        if data.fingerprint(instance) not in _guarded(task):
+            return instance
+
+
+@functools.cache
+def _guarded(task: str) -> frozenset[str]:
+    return data.guarded([task])
+
+
+def sequences(episode: Episode) -> list[Rendered]:
+    """The sampled tokens of an episode as targets, after what the engine was given: one text if prompts only grow."""
+    found: list[Rendered] = []
+    for reply in episode.replies:
+        prompt, said = list(reply.prompt_ids), list(reply.completion_ids)
+        if not said:
+            continue
+        held = found[-1].ids if found else []
+        if found and prompt[: len(held)] == held:
+            given = prompt[len(held) :]
+            targets = [*found.pop().targets, *[0] * len(given), *[1] * len(said)]
+            found.append(Rendered([*prompt, *said], targets, episode.condition.prompt))
+        else:
+            targets = [0] * len(prompt) + [1] * len(said)
+            found.append(Rendered(prompt + said, targets, episode.condition.prompt))
+    return found
+
+
+def samples(groups: Sequence[Sequence[Episode]], plan: RL) -> tuple[list[Sample], Counter[str]]:
+    """What a step learns from, and counts of what it does not: groups without variance, invalid and cut episodes."""
+    found: list[Sample] = []
+    counts: Counter[str] = Counter()
+    for group in groups:
+        valid = [episode for episode in group if not episode.invalid]
+        counts["invalid"] += len(group) - len(valid)
+        if plan.overlong == "mask":
+            whole = [episode for episode in valid if episode.stop not in ("tokens", "turns", "seconds")]
+            counts["overlong"] += len(valid) - len(whole)
+            valid = whole
+        rewards = [episode.reward for episode in valid]
+        if len(set(rewards)) < 2:
+            counts["without variance"] += 1
+            continue
+        counts["learned"] += 1
+        mean = statistics.fmean(rewards)
+        found += [Sample(text, episode.reward - mean) for episode in valid for text in sequences(episode)]
+    return found, counts
+
+
+def packed(batch: Sequence[Sample], tokens: int) -> Iterator[list[Sample]]:
+    """Parts of at most ``tokens`` padded tokens (or of one text), of like conditions and lengths."""
+    part: list[Sample] = []
+    for sample in sorted(batch, key=lambda sample: (sample.text.prompt, len(sample.text.ids))):
+        if part and len(sample.text.ids) * (len(part) + 1) > tokens:
+            yield part
+            part = []
+        part.append(sample)
+    if part:
+        yield part
+
+
+def logprobs(model: Any, part: Sequence[Sample], temperature: float) -> tuple[Any, Any]:
+    """The log-probabilities of the targets and the entropies there, in nats, each of shape [targets].
+
+    Of the policy that sampled: at the temperature of the rollouts.
+    """
+    ids, labels = (tensor.to(model.device) for tensor in fit.tensors([sample.text for sample in part]))
+    logits, targets = fit.target_logits(model, ids, labels)
+    every = (logits / temperature).log_softmax(-1)
+    return every.gather(-1, targets[:, None]).squeeze(-1), -(every.exp() * every).sum(-1)
+
+
+def policy_loss(new: Any, old: Any, advantages: Any, plan: RL) -> tuple[Any, Any]:
+    """The clipped surrogate, negated, and whether the clip cut it, each of shape [targets]."""
+    import torch
+
+    ratio = (new - old).exp()
+    clipped = ratio.clamp(1 - plan.clip_low, 1 + plan.clip_high)
+    surrogate = torch.minimum(ratio * advantages, clipped * advantages)
+    return -surrogate, (ratio * advantages) > surrogate
+
+
+def update(
+    model: Any, reference: Any, optimizers: Sequence[Any], found: Sequence[Sample], plan: RL, seed: str
+) -> dict[str, float]:
+    """Learn from a step's samples.  Raises TrainingError at a loss that is not a number, before it does harm."""
+    import torch
+
+    order = random.Random(seed).sample(found, len(found))
+    sums: dict[str, float] = dict.fromkeys(("tokens", "entropy", "kl", "cut"), 0.0)
+    parts = []
+    for start in range(plan.updates):
+        for part in packed(order[start :: plan.updates], plan.batch_tokens):
+            with torch.no_grad():
+                old, entropy = logprobs(model, part, plan.temperature)
+                known = logprobs(reference, part, plan.temperature)[0] if plan.kl else None
+            sums["tokens"] += len(old)
+            sums["entropy"] += float(entropy.sum())
+            parts.append((start, part, old, known))
+    for start in range(plan.updates):
+        mine = [each for each in parts if each[0] == start]
+        count = sum(len(old) for _, _, old, _ in mine)
+        for _, part, old, known in mine:
+            new, _ = logprobs(model, part, plan.temperature)
+            lengths = torch.tensor([sum(sample.text.targets) for sample in part])
+            advantages = (
+                torch.tensor([sample.advantage for sample in part]).repeat_interleave(lengths).to(new.device)
+            )
+            losses, cut = policy_loss(new, old, advantages, plan)
+            if known is not None:
+                # k3 of Schulman, http://joschu.net/blog/kl-approx.html: unbiased, never negative.
+                divergence = (known - new).exp() - (known - new) - 1
+                losses = losses + plan.kl * divergence
+                sums["kl"] += float(divergence.detach().sum())
+            loss = losses.sum() / count
+            if not math.isfinite(loss.item()):
+                raise TrainingError(
+                    f"the loss is {loss.item()}: lower the learning rates; the last state is whole"
+                )
+            loss.backward()
+            sums["cut"] += int(cut.sum())
+        if mine:
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad()
+    tokens = max(1, sums["tokens"])
+    return {"entropy": sums["entropy"] / tokens, "kl": sums["kl"] / tokens, "clipped": sums["cut"] / tokens}
+
+
+def learn(
+    model: Any,
+    tokenizer: Any,
+    plan: RL,
+    state: Path,
+    evaluate: Callable[[], Mapping[str, float]] | None = None,
+    evaluations: int = 0,
+) -> list[dict[str, float]]:
+    """Play and learn for the recipe's steps; resumes from ``state`` if it is there.  Returns the curve."""
+    optimizers = fit.optimizers_of(model, plan.muon_lr, plan.adam_lr)
+    reference = copy.deepcopy(model).eval() if plan.kl else None
+    curve: list[dict[str, float]] = []
+    step, spent = 0, 0.0
+    if saved := fit.load_state(state, model, optimizers):
+        step, spent, curve = saved["step"], saved["spent"], saved["curve"]
+    model.eval()
+    workshop = Workshop(sandbox.select("auto"))
+    backend = HFBackend.around(model, tokenizer)
+    started = time.monotonic()
+    try:
+        while step < plan.steps:
+            backend.weights_changed()
+            groups = rollouts(plan, step, backend, workshop)
+            found, counts = samples(groups, plan)
+            learned = (
+                update(model, reference, optimizers, found, plan, f"{plan.seed}:{step}") if found else {}
+            )
+            step += 1
+            seconds = spent + time.monotonic() - started
+            point = {"step": step, **told(groups), **counts, **learned, "minutes": seconds / 60}
+            if (
+                evaluate
+                and evaluations
+                and step * evaluations // plan.steps > (step - 1) * evaluations // plan.steps
+            ):
+                point |= evaluate()
+            curve.append(point)
+            print(
+                json.dumps({key: round(value, 4) for key, value in point.items()}),
+                file=sys.stderr,
+                flush=True,
+            )
+            fit.save_state(state, model, optimizers, step=step, spent=seconds, curve=curve)
+    finally:
+        backend.close()
+    return curve
+
+
+def told(groups: Sequence[Sequence[Episode]]) -> dict[str, float]:
+    """What the rollouts of a step were like: reward, length, and the shares of the ledger."""
+    episodes = [episode for group in groups for episode in group]
+    endings = Counter(episode.outcome for episode in episodes)
+    return {
+        "reward": statistics.fmean(episode.reward for episode in episodes),
+        "tokens": sum(episode.completion_tokens for episode in episodes),
+        "tokens_an_episode": statistics.fmean(episode.completion_tokens for episode in episodes),
+        **{f"share_{ending}": count / len(episodes) for ending, count in sorted(endings.items())},
+    }
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Train a model by reinforcement learning on the tasks."""
+    parser = fit.arguments("rlvr", __doc__)
+    parser.add_argument(
+        "--from", dest="parent", default="sft-run6", help="a registered model or a checkpoint directory"
+    )
+    parser.add_argument("--name", required=True)
+    options = parser.parse_args(argv)
+
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    chosen = recipe.load(options.recipe)
+    plan = chosen.rlvr
+    torch.manual_seed(plan.seed)
+    parent = Registry().resolve(options.parent)
+    words = AutoTokenizer.from_pretrained(parent.target, local_files_only=True)
+    model = AutoModelForCausalLM.from_pretrained(
+        parent.target, dtype=torch.float32, use_safetensors=True, local_files_only=True
+    )
+    options.out.mkdir(parents=True, exist_ok=True)
+    state = options.out / f"{options.name}.state"
+    curve = learn(model, words, plan, state, lambda: on_dev(model, words), options.evaluations)
+    checkpoint.save(
+        options.out / options.name,
+        model,
+        words,
+        name=options.name,
+        stage="rlvr",
+        parent=parent.name,
+        description="reinforcement learning with verifiable rewards on the training split of the tasks",
+        facts={
+            "recipe": chosen.name,
+            "recipe_sha256": checkpoint.recipe_hash(chosen, plan),
+            "seed": plan.seed,
+            "tokens": int(sum(point["tokens"] for point in curve)),
+            "minutes": round(curve[-1]["minutes"], 1) if curve else 0.0,
+        },
+        curve=curve,
+    )
+
+
+if __name__ == "__main__":
+    main()
