@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from pytest_pocket.chat import Message
     from pytest_pocket.registry import Model
 
-STAGES = ("data", "tokenizer", "pretrain", "sft", "rlvr")
+STAGES = ("data", "pretrain", "sft", "dpo", "rlvr")
 USAGE = 2
 RESULT_LINES = 20
 """How much of one message ``--trace`` shows."""
@@ -348,7 +348,7 @@ def _plain() -> bool:
     add_help_option=False,
 )
 def train(context: typer.Context, stage: Annotated[str, typer.Argument(help="The stage.")] = "") -> None:
-    """Train: pocket train STAGE [OPTIONS], where STAGE is one of data, tokenizer, pretrain, sft, rlvr."""
+    """Train: pocket train STAGE [OPTIONS], where STAGE is one of data, pretrain, sft, dpo, rlvr."""
     if stage in ("-h", "--help"):
         typer.echo(context.get_help())
         return
@@ -361,4 +361,6 @@ def train(context: typer.Context, stage: Annotated[str, typer.Argument(help="The
         if error.name == name:
             _stop(f"training stage {stage!r} is not part of this installation")
         _stop(f"training stage {stage!r} needs {error.name}: pip install 'pytest-pocket[train]'")
-    raise typer.Exit(module.main(context.args) or 0)
+    from pytest_pocket.training import stage as stages
+
+    stages.run(module.main, context.args)

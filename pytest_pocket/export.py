@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import SequenceMatcher
 from pathlib import Path
@@ -46,7 +46,7 @@ def export(found: Sequence[Row], kind: str) -> Export:
         made = KINDS[kind](found, left_out)
     if not made:
         raise ExportError(
-            f"nothing to export as {kind}: {_listed(left_out) or 'the run holds no such episodes'}"
+            f"nothing to export as {kind}: {listed(left_out) or 'the run holds no such episodes'}"
         )
     data = _parquet(made) if kind == "parquet" else b"".join(map(records.to_line, made))
     return Export(data, len(made), dict(left_out))
@@ -81,13 +81,26 @@ def _sft(found: Sequence[Row], left_out: Counter[str]) -> list[Row]:
 
 
 def _dpo(found: Sequence[Row], left_out: Counter[str]) -> list[Row]:
-    """The best episode of each instance and prompt, against each that scored lower, whatever the models."""
+    rows: dict[str, Row] = {}
+    for best, worse in pairs(found, left_out):
+        row = _pair(best, worse)
+        if rows.setdefault(json.dumps(row), row) is not row:
+            left_out["the same as another"] += 1
+    return list(rows.values())
+
+
+def pairs(
+    found: Sequence[Row], left_out: Counter[str], similar: float = SIMILAR
+) -> Iterator[tuple[Row, Row]]:
+    """The best episode of each instance and prompt, with each that scored lower, whatever the models.
+
+    Pairs whose words agree by more than ``similar`` are left out; 1 keeps all.  Raises ExportError.
+    """
     groups: dict[tuple[Any, ...], list[Row]] = {}
     for record in _trainable(found, left_out):
         groups.setdefault(tuple(record[key] for key in ("task", "seed", "prompt", "think")), []).append(
             record
         )
-    rows: dict[str, Row] = {}
     for group in groups.values():
         # Of several that score as high, the shortest.
         best = max(group, key=lambda record: (record["reward"], -len(_spoken(record))))
@@ -96,13 +109,10 @@ def _dpo(found: Sequence[Row], left_out: Counter[str]) -> list[Row]:
                 continue
             if record["reward"] == best["reward"]:
                 left_out["no worse than the best"] += 1
-            elif _alike(best, record):
+            elif _likeness(best, record) > similar:
                 left_out["near-identical"] += 1
             else:
-                row = _pair(best, record)
-                if rows.setdefault(json.dumps(row), row) is not row:
-                    left_out["the same as another"] += 1
-    return list(rows.values())
+                yield best, record
 
 
 def _flat(found: Sequence[Row], left_out: Counter[str]) -> list[Row]:
@@ -173,8 +183,8 @@ def _conversation(messages: Iterable[Message]) -> list[dict[str, Any]]:
     return [message.to_dict() for message in messages]
 
 
-def _alike(one: Row, other: Row) -> bool:
-    return SequenceMatcher(None, _spoken(one), _spoken(other), autojunk=False).ratio() > SIMILAR
+def _likeness(one: Row, other: Row) -> float:
+    return SequenceMatcher(None, _spoken(one), _spoken(other), autojunk=False).ratio()
 
 
 def _spoken(record: Row) -> list[str]:
@@ -195,5 +205,6 @@ def _parquet(rows: Sequence[Row]) -> bytes:
     return bytes(buffer.getvalue().to_pybytes())
 
 
-def _listed(left_out: Mapping[str, int]) -> str:
+def listed(left_out: Mapping[str, int]) -> str:
+    """What was left out, for a line."""
     return ", ".join(f"{count} {reason}" for reason, count in left_out.items())

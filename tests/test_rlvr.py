@@ -43,6 +43,10 @@ def attempted(reward: float, *turns: tuple[Sequence[int], Sequence[int]], **chan
     return replace(episode, **changes)
 
 
+def turns_of(episode: Episode) -> list[tuple[list[int], list[int]]]:
+    return [(list(reply.prompt_ids), list(reply.completion_ids)) for reply in episode.replies]
+
+
 @pytest.fixture
 def model(tmp_path: Path) -> Any:
     return AutoModelForCausalLM.from_pretrained(make_qwen3(tmp_path / "model"), dtype=torch.float32)
@@ -50,7 +54,7 @@ def model(tmp_path: Path) -> Any:
 
 def test_an_episode_is_one_text_whose_targets_are_what_was_sampled() -> None:
     episode = attempted(1.0, ([1, 2], [3, 4]), ([1, 2, 3, 4, 9], [5]), ([1, 2, 3, 4, 9, 5, 8], [6, 7]))
-    (text,) = rlvr.sequences(episode)
+    (text,) = rlvr.sequences(turns_of(episode), "raw")
     assert text.ids == [1, 2, 3, 4, 9, 5, 8, 6, 7]
     assert text.targets == [0, 0, 1, 1, 0, 1, 0, 1, 1]
 
@@ -59,7 +63,7 @@ def test_an_episode_is_one_text_whose_targets_are_what_was_sampled() -> None:
 def test_every_sampled_token_is_a_target_once_and_nothing_else_is(
     turns: list[tuple[list[int], list[int]]],
 ) -> None:
-    texts = rlvr.sequences(attempted(1.0, *turns))
+    texts = rlvr.sequences(turns, "raw")
     learned = [
         token for text in texts for token, wanted in zip(text.ids, text.targets, strict=True) if wanted
     ]
@@ -77,7 +81,7 @@ def test_a_rollout_of_a_real_engine_is_learned_as_it_was_sampled(tmp_path: Path)
         assert len({episode.instance.seed for episode in group}) == 1
         assert {split_of(episode.instance.seed) for episode in group} == {"train"}
         for episode in group:
-            texts = rlvr.sequences(episode)
+            texts = rlvr.sequences(turns_of(episode), "raw")
             assert len(texts) == 1  # prompts only grow
             assert sum(texts[0].targets) == episode.completion_tokens
     assert len({repr(episode.messages) for episode in groups[0]}) > 1  # samples of one instance differ

@@ -270,7 +270,7 @@ def test_a_loss_that_is_not_a_number_stops_the_run(
     model = tiny(words)
     model.model.embed_tokens.weight.data.fill_(float("nan"))
     steps = fit.steps(words, traces, (), SMALL, everything=False)
-    with pytest.raises(fit.TrainingError, match=r"the loss is \[nan\] at step 0"):
+    with pytest.raises(fit.TrainingError, match="the loss is nan: lower the learning rates"):
         fit.fit_model(model, steps, SMALL, tmp_path / "run.state")
     assert not (tmp_path / "run.state").exists()
 

@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from pytest_pocket import records
-from pytest_pocket.registry import MANIFEST, file_hash, sha256_json, tools_hash
+from pytest_pocket.registry import MANIFEST, Model, Registry, file_hash, sha256_json, tools_hash
 from pytest_pocket.task import SUITE_VERSION
-from pytest_pocket.training.recipe import RL, Fit, Recipe
+from pytest_pocket.training.recipe import RL, Fit, Preference, Recipe
 
 
 def save(
@@ -65,6 +65,22 @@ def save(
     os.replace(partial, directory)
 
 
-def recipe_hash(recipe: Recipe, stage: Fit | RL) -> str:
+def load(name: str) -> tuple[Model, Any, Any]:
+    """A registered model or a checkpoint directory to train further, its weights in float32, and its tokenizer.
+
+    Raises RegistryError.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    found = Registry().resolve(name)
+    words = AutoTokenizer.from_pretrained(found.target, local_files_only=True)
+    model = AutoModelForCausalLM.from_pretrained(
+        found.target, dtype=torch.float32, use_safetensors=True, local_files_only=True
+    )
+    return found, model, words
+
+
+def recipe_hash(recipe: Recipe, stage: Fit | Preference | RL) -> str:
     """The hash of all values of a recipe that one stage depends on."""
     return sha256_json([recipe.vocabulary, recipe.model, asdict(recipe.data), asdict(stage)])

@@ -36,6 +36,9 @@ SPACING = 100
 """Training seeds to look through for each trace: some tasks draw six kinds, and all must be among those shown."""
 
 
+TRACES = Path(".pocket/data/traces.jsonl")
+
+
 class DataError(ValueError):
     """Data that may not be trained on, said in one line."""
 
@@ -207,7 +210,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Make the traces of a recipe."""
     parser = argparse.ArgumentParser(prog="pocket train data", description=__doc__)
     parser.add_argument("--recipe", default="tiny")
-    parser.add_argument("--out", type=Path, default=Path(".pocket/data/traces.jsonl"))
+    parser.add_argument("--out", type=Path, default=TRACES)
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
     options = parser.parse_args(argv)
     recipe = recipes.load(options.recipe)
@@ -216,4 +219,6 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    from pytest_pocket.training import stage
+
+    stage.run(main)

@@ -6,7 +6,6 @@ reached in 4 CPU-minutes what AdamW with stock batches did not reach at all, and
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import os
@@ -188,10 +187,44 @@ def optimizers_of(model: Any, muon_lr: float, adam_lr: float) -> list[Any]:
     ]
     chosen = {id(p) for p in matrices}
     rest = [p for p in model.parameters() if id(p) not in chosen]
-    return [
+    made = [
         torch.optim.Muon(matrices, lr=muon_lr, weight_decay=0.01, momentum=0.95),
         torch.optim.AdamW(rest, lr=adam_lr, betas=(0.9, 0.98), weight_decay=0.0),
     ]
+    for group in (group for optimizer in made for group in optimizer.param_groups):
+        group["initial_lr"] = group["lr"]
+    return made
+
+
+def descend(model: Any, optimizers: Sequence[Any], factor: float = 1.0) -> None:
+    """An optimizer step on the gradients there are, clipped to norm 1, at ``factor`` times the learning rates."""
+    import torch
+
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = group["initial_lr"] * factor
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def due(before: float, after: float, evaluations: int) -> bool:
+    """Whether one of so many evaluations, evenly spread, falls between two shares of a run."""
+    return int(after * evaluations) > int(before * evaluations)
+
+
+def note(curve: list[dict[str, float]], point: dict[str, float]) -> None:
+    """Add a point to the curve, and print it."""
+    curve.append(point)
+    print(json.dumps({key: round(value, 4) for key, value in point.items()}), file=sys.stderr, flush=True)
+
+
+def check_finite(*losses: float) -> None:
+    """Raises TrainingError at a loss that is not a number, before it does harm."""
+    if not all(map(math.isfinite, losses)):
+        raise TrainingError(
+            f"the loss is {', '.join(map(str, losses))}: lower the learning rates; the last saved state is whole"
+        )
 
 
 def schedule(done: float) -> float:
@@ -212,17 +245,6 @@ def tensors(batch: list[Rendered]) -> tuple[Any, Any]:
         targets = torch.tensor(example.targets, dtype=torch.bool)
         labels[row, :length][targets] = ids[row, :length][targets]
     return ids, labels
-
-
-def arguments(stage: str, description: str | None) -> argparse.ArgumentParser:
-    """The options that every stage of training has."""
-    parser = argparse.ArgumentParser(prog=f"pocket train {stage}", description=description)
-    parser.add_argument("--recipe", default="tiny")
-    parser.add_argument("--traces", type=Path, default=Path(".pocket/data/traces.jsonl"))
-    parser.add_argument("--out", type=Path, default=Path(".pocket/checkpoints"))
-    parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0 leaves torch's choice")
-    parser.add_argument("--evaluations", type=int, default=0, help="dev evaluations along the way")
-    return parser
 
 
 def next_token_loss(model: Any, ids: Any, labels: Any) -> Any:
@@ -291,11 +313,8 @@ def fit_model(
 
     Raises TrainingError at a loss that is not a number; the last saved state is then intact.
     """
-    import torch
-
     model.to(device).train()
     optimizers = optimizers_of(model, fit.muon_lr, fit.adam_lr)
-    rates = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
     curve: list[dict[str, float]] = []
     seen = steps = 0
     spent = 0.0
@@ -319,37 +338,23 @@ def fit_model(
             loss.backward()
             losses.append(loss.item())
             seen += sum(len(example.ids) for example in batch)
-        if not all(map(math.isfinite, losses)):
-            raise TrainingError(
-                f"the loss is {losses} at step {steps}: lower the learning rates; last state: {state}"
-            )
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        factor = schedule(before / fit.tokens)
-        for optimizer, base in zip(optimizers, rates, strict=True):
-            for group, rate in zip(optimizer.param_groups, base, strict=True):
-                group["lr"] = rate * factor
-            optimizer.step()
-            optimizer.zero_grad()
+        check_finite(*losses)
+        descend(model, optimizers, schedule(before / fit.tokens))
         steps += 1
         recent.append(losses[0])
-        due = evaluations and seen * evaluations // fit.tokens > before * evaluations // fit.tokens
-        if steps % 100 == 0 or seen >= fit.tokens or due:
+        now = evaluate is not None and due(before / fit.tokens, seen / fit.tokens, evaluations)
+        if steps % 100 == 0 or seen >= fit.tokens or now:
             point = {
                 "tokens": seen,
                 "loss": sum(recent) / len(recent),
                 "minutes": (spent + time.monotonic() - started) / 60,
             }
             recent.clear()
-            if due and evaluate:
+            if now and evaluate:
                 model.eval()
                 point |= evaluate()
                 model.train()
-            curve.append(point)
-            print(
-                json.dumps({key: round(value, 4) for key, value in point.items()}),
-                file=sys.stderr,
-                flush=True,
-            )
+            note(curve, point)
         if time.monotonic() - last_save > SAVE_SECONDS:
             save()
             last_save = time.monotonic()

@@ -11,14 +11,15 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pytest_pocket.registry import file_hash
-from pytest_pocket.training import checkpoint, data, fit, recipe, tokenizer
+from pytest_pocket.training import checkpoint, data, fit, recipe, stage, tokenizer
 from pytest_pocket.training.evaluate import on_dev
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Train a base model from scratch."""
-    parser = fit.arguments("pretrain", __doc__)
+    parser = stage.arguments("pretrain", __doc__)
     parser.add_argument("--name", default="base")
+    parser.add_argument("--traces", type=Path, default=data.TRACES, help="what `pocket train data` made")
     options = parser.parse_args(argv)
 
     import torch
@@ -40,13 +41,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         rope_parameters={"rope_type": "default", "rope_theta": chosen.model["rope_theta"]},
     )
     model = Qwen3ForCausalLM(config)
-    stage = chosen.pretrain
-    steps = fit.steps(words, traces, tokenizer.sources(), stage, everything=True)
+    plan = chosen.pretrain
+    steps = fit.steps(words, traces, tokenizer.sources(), plan, everything=True)
     options.out.mkdir(parents=True, exist_ok=True)
     curve = fit.fit_model(
         model,
         steps,
-        stage,
+        plan,
         options.out / f"{options.name}.state",
         lambda: on_dev(model, words),
         options.evaluations,
@@ -59,20 +60,20 @@ def main(argv: Sequence[str] | None = None) -> None:
         stage="base",
         parent="",
         description="tiny Qwen3, trained from scratch on agentic traces and Python source, without system prompts",
-        facts=facts(chosen, options.traces, stage, curve),
+        facts=facts(chosen, options.traces, plan, curve),
         curve=curve,
     )
 
 
 def facts(
-    chosen: recipe.Recipe, traces: Path, stage: recipe.Fit, curve: Sequence[dict[str, float]]
+    chosen: recipe.Recipe, traces: Path, plan: recipe.Fit, curve: Sequence[dict[str, float]]
 ) -> dict[str, object]:
     """What a manifest says of a run: recipe, data, seed, tokens, minutes."""
     return {
         "recipe": chosen.name,
-        "recipe_sha256": checkpoint.recipe_hash(chosen, stage),
+        "recipe_sha256": checkpoint.recipe_hash(chosen, plan),
         "data_sha256": file_hash(traces),
-        "seed": stage.seed,
+        "seed": plan.seed,
         "data_seed": chosen.data.seed,
         "tokens": int(curve[-1]["tokens"]) if curve else 0,
         "minutes": round(curve[-1]["minutes"], 1) if curve else 0.0,
@@ -80,4 +81,4 @@ def facts(
 
 
 if __name__ == "__main__":
-    main()
+    stage.run(main)

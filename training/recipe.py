@@ -54,6 +54,24 @@ class Fit:
 
 
 @dataclass(frozen=True)
+class Preference:
+    """DPO: ``beta`` is the strength of the pull to the parent, ``sft`` weighs the likelihood of the better episode.
+
+    Pairs whose words agree by more than ``similar`` are left out.  A step is of ``pairs`` pairs; all are seen
+    ``epochs`` times.
+    """
+
+    beta: float
+    sft: float
+    similar: float
+    pairs: int
+    epochs: int
+    muon_lr: float
+    adam_lr: float
+    seed: int
+
+
+@dataclass(frozen=True)
 class RL:
     """Reinforcement learning: in each of ``steps``, ``group`` attempts at each of ``instances`` training instances.
 
@@ -94,6 +112,7 @@ class Recipe:
     data: Data
     pretrain: Fit
     sft: Fit
+    dpo: Preference
     rlvr: RL
 
 
@@ -108,7 +127,7 @@ def load(name: str) -> Recipe:
         table = tomllib.loads(path.read_text())
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise RecipeError(f"recipe {path} is not TOML: {error}") from None
-    unknown = table.keys() - {"tokenizer", "model", "data", "pretrain", "sft", "rlvr"}
+    unknown = table.keys() - {"tokenizer", "model", "data", "pretrain", "sft", "dpo", "rlvr"}
     if unknown:
         raise RecipeError(f"recipe {path} has unknown tables: {', '.join(sorted(unknown))}")
     try:
@@ -119,6 +138,7 @@ def load(name: str) -> Recipe:
             _table(Data, table["data"]),
             _table(Fit, table["pretrain"]),
             _table(Fit, table["sft"]),
+            _table(Preference, table["dpo"]),
             _table(RL, table["rlvr"]),
         )
     except (KeyError, TypeError) as error:

@@ -11,14 +11,11 @@ from __future__ import annotations
 
 import copy
 import functools
-import json
-import math
 import random
 import statistics
-import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,11 +26,10 @@ from pytest_pocket.backends.hf import HFBackend
 from pytest_pocket.chat import Backend
 from pytest_pocket.conditions import Condition
 from pytest_pocket.episode import Budget, Episode, Workshop, play
-from pytest_pocket.registry import Registry
 from pytest_pocket.task import Instance, instance_seed
-from pytest_pocket.training import checkpoint, data, fit, recipe
+from pytest_pocket.training import checkpoint, data, fit, recipe, stage
 from pytest_pocket.training.evaluate import on_dev
-from pytest_pocket.training.fit import Rendered, TrainingError
+from pytest_pocket.training.fit import Rendered
 from pytest_pocket.training.recipe import RL
 
 IN_FLIGHT = 64
@@ -89,21 +85,22 @@ def _guarded(task: str) -> frozenset[str]:
     return data.guarded([task])
 
 
-def sequences(episode: Episode) -> list[Rendered]:
-    """The sampled tokens of an episode as targets, after what the engine was given: one text if prompts only grow."""
+def sequences(turns: Iterable[tuple[list[int], list[int]]], condition: str) -> list[Rendered]:
+    """The sampled tokens of an episode as targets, after what the engine was given: one text if prompts only grow.
+
+    A turn is the ids of a prompt and of what was sampled after it.
+    """
     found: list[Rendered] = []
-    for reply in episode.replies:
-        prompt, said = list(reply.prompt_ids), list(reply.completion_ids)
+    for prompt, said in turns:
         if not said:
             continue
         held = found[-1].ids if found else []
         if found and prompt[: len(held)] == held:
             given = prompt[len(held) :]
             targets = [*found.pop().targets, *[0] * len(given), *[1] * len(said)]
-            found.append(Rendered([*prompt, *said], targets, episode.condition.prompt))
         else:
             targets = [0] * len(prompt) + [1] * len(said)
-            found.append(Rendered(prompt + said, targets, episode.condition.prompt))
+        found.append(Rendered([*prompt, *said], targets, condition))
     return found
 
 
@@ -124,7 +121,11 @@ def samples(groups: Sequence[Sequence[Episode]], plan: RL) -> tuple[list[Sample]
             continue
         counts["learned"] += 1
         mean = statistics.fmean(rewards)
-        found += [Sample(text, episode.reward - mean) for episode in valid for text in sequences(episode)]
+        for episode in valid:
+            turns = ((list(reply.prompt_ids), list(reply.completion_ids)) for reply in episode.replies)
+            found += [
+                Sample(text, episode.reward - mean) for text in sequences(turns, episode.condition.prompt)
+            ]
     return found, counts
 
 
@@ -194,17 +195,11 @@ def update(
                 losses = losses + plan.kl * divergence
                 sums["kl"] += float(divergence.detach().sum())
             loss = losses.sum() / count
-            if not math.isfinite(loss.item()):
-                raise TrainingError(
-                    f"the loss is {loss.item()}: lower the learning rates; the last state is whole"
-                )
+            fit.check_finite(loss.item())
             loss.backward()
             sums["cut"] += int(cut.sum())
         if mine:
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            for optimizer in optimizers:
-                optimizer.step()
-                optimizer.zero_grad()
+            fit.descend(model, optimizers)
     tokens = max(1, sums["tokens"])
     return {"entropy": sums["entropy"] / tokens, "kl": sums["kl"] / tokens, "clipped": sums["cut"] / tokens}
 
@@ -239,18 +234,9 @@ def learn(
             step += 1
             seconds = spent + time.monotonic() - started
             point = {"step": step, **told(groups), **counts, **learned, "minutes": seconds / 60}
-            if (
-                evaluate
-                and evaluations
-                and step * evaluations // plan.steps > (step - 1) * evaluations // plan.steps
-            ):
+            if evaluate and fit.due((step - 1) / plan.steps, step / plan.steps, evaluations):
                 point |= evaluate()
-            curve.append(point)
-            print(
-                json.dumps({key: round(value, 4) for key, value in point.items()}),
-                file=sys.stderr,
-                flush=True,
-            )
+            fit.note(curve, point)
             fit.save_state(state, model, optimizers, step=step, spent=seconds, curve=curve)
     finally:
         backend.close()
@@ -271,7 +257,7 @@ def told(groups: Sequence[Sequence[Episode]]) -> dict[str, float]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Train a model by reinforcement learning on the tasks."""
-    parser = fit.arguments("rlvr", __doc__)
+    parser = stage.arguments("rlvr", __doc__)
     parser.add_argument(
         "--from", dest="parent", default="sft-run6", help="a registered model or a checkpoint directory"
     )
@@ -279,18 +265,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = parser.parse_args(argv)
 
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
 
     if options.threads:
         torch.set_num_threads(options.threads)
     chosen = recipe.load(options.recipe)
     plan = chosen.rlvr
     torch.manual_seed(plan.seed)
-    parent = Registry().resolve(options.parent)
-    words = AutoTokenizer.from_pretrained(parent.target, local_files_only=True)
-    model = AutoModelForCausalLM.from_pretrained(
-        parent.target, dtype=torch.float32, use_safetensors=True, local_files_only=True
-    )
+    parent, model, words = checkpoint.load(options.parent)
     options.out.mkdir(parents=True, exist_ok=True)
     state = options.out / f"{options.name}.state"
     curve = learn(model, words, plan, state, lambda: on_dev(model, words), options.evaluations)
@@ -314,4 +295,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    stage.run(main)

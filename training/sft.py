@@ -7,34 +7,30 @@ mistakes that some traces begin with are context.  The traces appear with and wi
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
-from pytest_pocket.registry import Registry
-from pytest_pocket.training import checkpoint, data, fit, recipe
+from pytest_pocket.training import checkpoint, data, fit, recipe, stage
 from pytest_pocket.training.evaluate import on_dev
 from pytest_pocket.training.pretrain import facts
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Fine-tune a model on traces."""
-    parser = fit.arguments("sft", __doc__)
+    parser = stage.arguments("sft", __doc__)
     parser.add_argument(
         "--from", dest="parent", default="base", help="a registered model or a checkpoint directory"
     )
     parser.add_argument("--name", required=True)
+    parser.add_argument("--traces", type=Path, default=data.TRACES, help="what `pocket train data` made")
     options = parser.parse_args(argv)
 
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
 
     if options.threads:
         torch.set_num_threads(options.threads)
     chosen = recipe.load(options.recipe)
     torch.manual_seed(chosen.sft.seed)
-    parent = Registry().resolve(options.parent)
-    words = AutoTokenizer.from_pretrained(parent.target, local_files_only=True)
-    model = AutoModelForCausalLM.from_pretrained(
-        parent.target, dtype=torch.float32, use_safetensors=True, local_files_only=True
-    )
+    parent, model, words = checkpoint.load(options.parent)
     traces = data.read(options.traces)
     steps = fit.steps(words, traces, (), chosen.sft, everything=False)
     options.out.mkdir(parents=True, exist_ok=True)
@@ -60,4 +56,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    stage.run(main)

@@ -1,0 +1,203 @@
+"""dpo: from pairs of episodes of one instance, the better made likelier than the worse.
+
+Direct preference optimisation (Rafailov et al. 2023, arXiv:2305.18290) with a share of the likelihood of the better
+episode (RPO, Pang et al. 2024, arXiv:2404.19733), over whole episodes: the tokens that count are those that the model
+sampled, in all turns, and what tools said between them is context.  Why not TRL's trainer: it takes everything after
+the prompt for the completion, tool results too, and renders and tokenises anew what was sampled.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import random
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pytest_pocket import export, records
+from pytest_pocket.registry import file_hash
+from pytest_pocket.training import checkpoint, fit, recipe, stage
+from pytest_pocket.training.evaluate import on_dev
+from pytest_pocket.training.fit import Rendered, TrainingError
+from pytest_pocket.training.recipe import Preference
+from pytest_pocket.training.rlvr import sequences
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two episodes of an instance under one condition, the texts of each: several where prompts do not only grow."""
+
+    prompt: str
+    better: list[Rendered]
+    worse: list[Rendered]
+
+
+def pairs(directories: Sequence[Path], plan: Preference) -> tuple[list[Pair], Counter[str]]:
+    """The pairs of some runs, and what was left out, by reason.  Raises ExportError, RecordsError, TrainingError."""
+    found = [record for directory in directories for record in records.load(directory)[1]]
+    left_out: Counter[str] = Counter()
+    made = []
+    with records.of_this_version():
+        for both in export.pairs(found, left_out, plan.similar):
+            prompt = both[0]["prompt"]
+            better, worse = (sequences(records.token_ids(record), prompt) for record in both)
+            if better and worse:
+                made.append(Pair(prompt, better, worse))
+            else:
+                left_out["without token ids"] += 1
+    if not made:
+        raise TrainingError(
+            f"no pairs in {', '.join(map(str, directories))} ({export.listed(left_out) or 'no episodes'}): "
+            "play several --pocket-samples at a --pocket-temperature, with a model that sometimes passes"
+        )
+    return made, left_out
+
+
+def batches(found: Sequence[Pair], plan: Preference) -> Iterator[list[Pair]]:
+    """The pairs of each step.  Those of a step are under one condition: what their texts begin with is shared."""
+    choice = random.Random(plan.seed)
+    for _ in range(plan.epochs):
+        order = sorted(choice.sample(found, len(found)), key=lambda pair: pair.prompt)
+        made: list[list[Pair]] = []
+        for pair in order:
+            if not made or len(made[-1]) == plan.pairs or made[-1][0].prompt != pair.prompt:
+                made.append([])
+            made[-1].append(pair)
+        yield from choice.sample(made, len(made))
+
+
+def logprobs(model: Any, episodes: Sequence[Sequence[Rendered]]) -> tuple[Any, Any]:
+    """The log-probability of each episode's targets together, in nats, and their number: shape [episodes]."""
+    import torch
+
+    texts = [text for episode in episodes for text in episode]
+    ids, labels = (tensor.to(model.device) for tensor in fit.tensors(texts))
+    logits, targets = fit.target_logits(model, ids, labels)
+    each = logits.log_softmax(-1).gather(-1, targets[:, None]).squeeze(-1)
+    counts = torch.tensor([sum(sum(text.targets) for text in episode) for episode in episodes])
+    owners = torch.arange(len(episodes)).repeat_interleave(counts).to(each.device)
+    sums = torch.zeros(len(episodes), device=each.device).index_add(0, owners, each)
+    return sums, counts.to(each.device)
+
+
+def preference_loss(policy: Any, reference: Any, counts: Any, plan: Preference) -> tuple[Any, Any]:
+    """The loss of a batch, and of each pair the margin in nats by which the better one gained on the worse.
+
+    Log-probabilities and counts of the better texts, then of the worse ones: shape [2 x pairs].
+    """
+    from torch.nn.functional import logsigmoid
+
+    better, worse = (policy - reference).chunk(2)
+    margin = better - worse
+    likelihood = (policy / counts).chunk(2)[0]
+    return (-logsigmoid(plan.beta * margin) - plan.sft * likelihood).mean(), margin
+
+
+def learn(
+    model: Any,
+    found: Sequence[Pair],
+    plan: Preference,
+    state: Path,
+    evaluate: Callable[[], Mapping[str, float]] | None = None,
+    evaluations: int = 0,
+) -> list[dict[str, float]]:
+    """Learn from the pairs; resumes from ``state`` if it is there.  Returns the curve.
+
+    Raises TrainingError at a loss that is not a number; the last saved state is then intact.
+    """
+    import torch
+
+    steps = list(batches(found, plan))
+    optimizers = fit.optimizers_of(model, plan.muon_lr, plan.adam_lr)
+    reference = copy.deepcopy(model).eval()
+    curve: list[dict[str, float]] = []
+    done, spent = 0, 0.0
+    if saved := fit.load_state(state, model, optimizers):
+        done, spent, curve = saved["step"], saved["spent"], saved["curve"]
+    model.eval()
+    started = last_save = time.monotonic()
+    while done < len(steps):
+        batch = steps[done]
+        episodes = [pair.better for pair in batch] + [pair.worse for pair in batch]
+        with torch.no_grad():
+            known, _ = logprobs(reference, episodes)
+        policy, counts = logprobs(model, episodes)
+        loss, margin = preference_loss(policy, known, counts, plan)
+        fit.check_finite(loss.item())
+        loss.backward()
+        fit.descend(model, optimizers, fit.schedule(done / len(steps)))
+        done += 1
+        point = {
+            "step": done,
+            "loss": loss.item(),
+            "margin": margin.mean().item(),
+            "preferred": (margin > 0).float().mean().item(),
+            "minutes": (spent + time.monotonic() - started) / 60,
+        }
+        if evaluate and fit.due((done - 1) / len(steps), done / len(steps), evaluations):
+            point |= evaluate()
+        fit.note(curve, point)
+        if done == len(steps) or time.monotonic() - last_save > fit.SAVE_SECONDS:
+            seconds = spent + time.monotonic() - started
+            fit.save_state(state, model, optimizers, step=done, spent=seconds, curve=curve)
+            last_save = time.monotonic()
+    return curve
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Train a model on preferences."""
+    parser = stage.arguments("dpo", __doc__)
+    parser.add_argument(
+        "--from", dest="parent", default="sft-run6", help="a registered model or a checkpoint directory"
+    )
+    parser.add_argument("--name", required=True)
+    parser.add_argument(
+        "--run",
+        type=Path,
+        action="append",
+        required=True,
+        help="a run directory of training episodes; repeatable",
+    )
+    options = parser.parse_args(argv)
+
+    import torch
+
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    chosen = recipe.load(options.recipe)
+    plan = chosen.dpo
+    torch.manual_seed(plan.seed)
+    parent, model, words = checkpoint.load(options.parent)
+    found, left_out = pairs(options.run, plan)
+    print(json.dumps({"pairs": len(found), **left_out}), file=sys.stderr, flush=True)
+    options.out.mkdir(parents=True, exist_ok=True)
+    state = options.out / f"{options.name}.state"
+    curve = learn(model, found, plan, state, lambda: on_dev(model, words), options.evaluations)
+    checkpoint.save(
+        options.out / options.name,
+        model,
+        words,
+        name=options.name,
+        stage="dpo",
+        parent=parent.name,
+        description=f"preferences between episodes of one training instance, beta {plan.beta}",
+        facts={
+            "recipe": chosen.name,
+            "recipe_sha256": checkpoint.recipe_hash(chosen, plan),
+            "seed": plan.seed,
+            "pairs": len(found),
+            "left_out": dict(left_out),
+            "data_sha256": [file_hash(directory / records.EPISODES) for directory in options.run],
+            "minutes": round(curve[-1]["minutes"], 1) if curve else 0.0,
+        },
+        curve=curve,
+    )
+
+
+if __name__ == "__main__":
+    stage.run(main)
