@@ -104,7 +104,7 @@ class HFBackend:
         if batch < 1:
             raise ModelError(f"batch {batch} is not at least 1")
         path, adapter = _base_of(path, adapter)
-        device = _device(device)
+        device = pick_device(device)
         dtype = dtype or ("float32" if device == "cpu" else "auto")
         self._serve(_load_model(path, adapter, device, dtype), _load_tokenizer(path), path, batch)
 
@@ -716,7 +716,8 @@ def _looks_local(path: str) -> bool:
     return not path or path[0] in "/.~" or path.count("/") > 1 or path.endswith("/")
 
 
-def _device(device: str | None) -> str:
+def pick_device(device: str | None) -> str:
+    """The device of a name; without one, the best there is.  Raises ModelError."""
     import torch
 
     if device is None:

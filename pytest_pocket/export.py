@@ -167,13 +167,13 @@ def _pair(best: Row, worse: Row) -> Row:
         raise ValueError(f"two prompts of {best['task']} seed {best['seed']}")
     return {
         "prompt": _conversation(chosen[:start]),
-        "chosen": _conversation(_to_last_word(chosen[start:])),
-        "rejected": _conversation(_to_last_word(rejected[start:])),
+        "chosen": _conversation(to_last_word(chosen[start:])),
+        "rejected": _conversation(to_last_word(rejected[start:])),
         "tools": list(tools.SCHEMAS),
     }
 
 
-def _to_last_word(messages: Sequence[Message]) -> Sequence[Message]:
+def to_last_word(messages: Sequence[Message]) -> Sequence[Message]:
     """Without what came after the model's last reply, where a limit ended the episode."""
     last = max(number for number, message in enumerate(messages) if message.role == "assistant")
     return messages[: last + 1]

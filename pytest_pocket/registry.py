@@ -116,12 +116,14 @@ def read_manifest(directory: Path) -> Model:
         )
     target, adapter = str(directory), ""
     if adapter_of:
-        base = (directory / adapter_of).resolve()
-        if not base.is_dir():
-            raise ModelError(
-                f"the base of adapter {name!r} is missing: {base}; put it there, or train {parent!r} first"
-            )
-        target, adapter = str(base), str(directory)
+        target, adapter = adapter_of, str(directory)
+        if adapter_of.startswith("."):
+            base = (directory / adapter_of).resolve()
+            if not base.is_dir():
+                raise ModelError(
+                    f"the base of adapter {name!r} is missing: {base}; put it there, or train {parent!r} first"
+                )
+            target = str(base)
     return Model(
         name, "hf", target, adapter, parent, stage, sha256_json(files), str(manifest.get("description", ""))
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import subprocess
@@ -15,10 +16,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_models import make_qwen3
-from transformers import AutoModelForCausalLM
+from tiny_models import byte_tokenizer, make_qwen3
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pytest_pocket import records
+from pytest_pocket.registry import shipped
 from pytest_pocket.training import dpo, recipe
 from pytest_pocket.training.dpo import Pair
 from pytest_pocket.training.fit import Rendered, TrainingError
@@ -31,6 +33,11 @@ PAIR = Pair("raw", [GOOD], [BAD])
 @pytest.fixture
 def model(tmp_path: Path) -> Any:
     return AutoModelForCausalLM.from_pretrained(make_qwen3(tmp_path / "model"), dtype=torch.float32)
+
+
+@functools.cache
+def words() -> Any:
+    return AutoTokenizer.from_pretrained(shipped() / "sft-run6")
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +75,7 @@ def trained(directory: Path, *arguments: str) -> subprocess.CompletedProcess[str
 
 
 def test_pairs_hold_what_was_sampled_and_the_better_episode_first(run: Path) -> None:
-    found, left_out = dpo.pairs([run], PLAN)
+    found, left_out = dpo.pairs([run], words(), PLAN)
     _, played = records.load(run)
     rewards = {}
     for record in played:
@@ -92,8 +99,8 @@ def test_pairs_hold_what_was_sampled_and_the_better_episode_first(run: Path) -> 
 
 
 def test_near_identical_pairs_are_left_out_by_the_recipe(run: Path) -> None:
-    all_of_them, _ = dpo.pairs([run], replace(PLAN, similar=1.0))
-    few, left_out = dpo.pairs([run], replace(PLAN, similar=0.5))
+    all_of_them, _ = dpo.pairs([run], words(), replace(PLAN, similar=1.0))
+    few, left_out = dpo.pairs([run], words(), replace(PLAN, similar=0.5))
     assert len(few) + left_out["near-identical"] == len(all_of_them)
     assert left_out["near-identical"] > 0
     assert left_out["near-identical"] > 0
@@ -105,7 +112,7 @@ def test_from_a_run_to_a_checkpoint_that_is_a_model(run: Path, tmp_path: Path) -
     manifest = json.loads((tmp_path / ".pocket/checkpoints/dpo/pocket.json").read_text())
     assert manifest["stage"] == "dpo"
     assert manifest["parent"] == "sft-run6"
-    assert manifest["pairs"] == len(dpo.pairs([run], recipe.load("smoke").dpo)[0])
+    assert manifest["pairs"] == len(dpo.pairs([run], words(), recipe.load("smoke").dpo)[0])
     played = [
         sys.executable,
         "-m",
@@ -122,11 +129,33 @@ def test_from_a_run_to_a_checkpoint_that_is_a_model(run: Path, tmp_path: Path) -
     assert "dpo" in result.stdout
 
 
+def test_episodes_without_token_ids_are_rendered(suite_run: Path) -> None:
+    found, _ = dpo.pairs([suite_run], words(), PLAN)  # the oracle's, each better than the no-op's
+    assert len(found) == 38
+    for pair in found:
+        assert pair.better[0].opening() == pair.worse[0].opening()
+        said = [
+            token for token, wanted in zip(pair.worse[0].ids, pair.worse[0].targets, strict=True) if wanted
+        ]
+        assert words().decode(said).endswith("<|im_end|>")
+
+
+def test_token_ids_of_another_tokenizer_are_not_taken(run: Path) -> None:
+    record = next(record for record in records.load(run)[1] if len(record["replies"]) > 1)
+    (text,) = dpo.texts(record, byte_tokenizer())
+    spoken = [message for message in record["messages"] if message["role"] == "assistant"]
+    learned = [token for token, wanted in zip(text.ids, text.targets, strict=True) if wanted]
+    assert max(text.ids) < len(byte_tokenizer())
+    assert byte_tokenizer().decode(learned).count("<|im_end|>") == len(spoken)
+
+
 def test_a_run_without_pairs_says_what_it_lacks(suite_run: Path, tmp_path: Path) -> None:
-    done = trained(tmp_path, f"--run={suite_run}")
+    info, found = records.load(suite_run)
+    alone = tmp_path / "alone"
+    records.write(alone, info, [each for each in found if each["model"] == "oracle"])
+    done = trained(tmp_path, f"--run={alone}")
     assert done.returncode == 2
-    assert done.stderr.strip().splitlines()[-1].startswith("pocket train: no pairs in")
-    assert "without token ids" in done.stderr  # the oracle's episodes
+    assert done.stderr.strip().splitlines()[-1].startswith(f"pocket train: no pairs in {alone}")
 
 
 def test_a_foreign_parent_is_one_line(run: Path, tmp_path: Path) -> None:

@@ -13,8 +13,15 @@ TAGS = [
 ]
 
 
-def byte_tokenizer() -> Any:
-    """One token a byte, ChatML's special tokens, the tags of tool calls, and the tiny family's template."""
+def qwen3_5_template() -> str:
+    """The chat template of Qwen3.5-0.8B, as TRL has it."""
+    from trl.chat_template_utils import qwen3_5_nothink_chat_template
+
+    return str(qwen3_5_nothink_chat_template)
+
+
+def byte_tokenizer(template: str = "") -> Any:
+    """One token a byte, ChatML's special tokens, the tags of tool calls; by default the tiny family's template."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -27,7 +34,7 @@ def byte_tokenizer() -> Any:
     fast: Any = PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
         tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>"
     )
-    fast.chat_template = TEMPLATE.read_text()
+    fast.chat_template = template or TEMPLATE.read_text()
     return fast
 
 
@@ -61,12 +68,12 @@ def make_qwen3(directory: Path, *, seed: int = 0, window: int = 1024, **shape: A
     return directory
 
 
-def make_qwen3_5(directory: Path, *, seed: int = 0, window: int = 1024) -> Path:
+def make_qwen3_5(directory: Path, *, seed: int = 0, window: int = 1024, template: str = "") -> Path:
     """A Qwen3.5 text model with random weights: one layer of linear attention, one of full attention."""
     import torch
     from transformers import Qwen3_5ForCausalLM, Qwen3_5TextConfig
 
-    tokenizer = byte_tokenizer()
+    tokenizer = byte_tokenizer(template)
     config = Qwen3_5TextConfig(
         vocab_size=len(tokenizer),
         max_position_embeddings=window,

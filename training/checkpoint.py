@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import json
 import os
 import platform
@@ -15,9 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from pytest_pocket import records
-from pytest_pocket.registry import MANIFEST, Model, Registry, file_hash, sha256_json, tools_hash
+from pytest_pocket.backends.hf import pick_device
+from pytest_pocket.registry import MANIFEST, Model, ModelError, Registry, file_hash, sha256_json, tools_hash
 from pytest_pocket.task import SUITE_VERSION
-from pytest_pocket.training.recipe import RL, Fit, Preference, Recipe
+from pytest_pocket.training.recipe import RL, Fit, Preference, Recipe, Weights
 
 
 def save(
@@ -27,12 +29,13 @@ def save(
     *,
     name: str,
     stage: str,
-    parent: str,
+    parent: Model | None,
     description: str,
     facts: Mapping[str, Any],
     curve: Sequence[Mapping[str, float]],
 ) -> None:
-    """Write a checkpoint: bf16 safetensors, tokenizer, chat template, curve, manifest.  Complete or not at all."""
+    """Write a checkpoint: weights or adapter in bf16, tokenizer, chat template, curve, manifest.  Complete or not
+    at all."""
     import torch
 
     partial = directory.with_name(f".{directory.name}.partial")
@@ -44,14 +47,15 @@ def save(
     manifest = {
         "name": name,
         "stage": stage,
-        "parent": parent,
+        "parent": parent.name if parent else "",
+        **({"adapter_of": _from(directory, parent.target)} if parent and adapted(model) else {}),
         "description": description,
         "suite": SUITE_VERSION,
         "tools_sha256": tools_hash(),
         "template_sha256": file_hash(partial / "chat_template.jinja"),
         "files": {path.name: file_hash(path) for path in sorted(partial.iterdir())},
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
-        **records.git(Path(__file__).parent),
+        **origin(),
         "made": time.strftime("%Y-%m-%d", time.gmtime()),
         "hardware": f"{platform.machine()}, {os.cpu_count()} cores",
         "versions": {package: version(package) for package in ("torch", "transformers", "tokenizers")},
@@ -65,22 +69,76 @@ def save(
     os.replace(partial, directory)
 
 
-def load(name: str) -> tuple[Model, Any, Any]:
-    """A registered model or a checkpoint directory to train further, its weights in float32, and its tokenizer.
+def adapted(model: Any) -> bool:
+    """Whether LoRA matrices are what is trained."""
+    return bool(getattr(model, "_hf_peft_config_loaded", False))
 
-    Raises RegistryError.
+
+def _from(directory: Path, base: str) -> str:
+    """How a manifest in a directory names a base: by a relative path that begins with a dot, or by its hub name."""
+    if not Path(base).is_dir():
+        return base
+    path = os.path.relpath(base, directory)
+    return path if path.startswith(".") else f"./{path}"
+
+
+@functools.cache
+def origin() -> Mapping[str, Any]:
+    """The commit of the code, as it was when training first asked."""
+    return records.git(Path(__file__).parent)
+
+
+def load(name: str, weights: Weights) -> tuple[Model, Any, Any]:
+    """A model of the suite to train further, where there is a GPU on it, and its tokenizer.
+
+    What has gradients is all of it, or the LoRA matrices: those of the parent, if it is an adapter, else new ones.
+    Raises ModelError.
     """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    origin()
     found = Registry().resolve(name)
-    words = AutoTokenizer.from_pretrained(found.target, local_files_only=True)
-    model = AutoModelForCausalLM.from_pretrained(
-        found.target, dtype=torch.float32, use_safetensors=True, local_files_only=True
-    )
+    if found.backend != "hf":
+        raise ModelError(f"model {name!r} runs on {found.backend}, and training needs weights for hf")
+    here = Path(found.target).is_dir()
+    try:
+        words = AutoTokenizer.from_pretrained(found.adapter or found.target, local_files_only=here)
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            found.target, dtype=getattr(torch, weights.dtype), use_safetensors=True, local_files_only=here
+        )
+    except (OSError, ValueError) as error:
+        raise ModelError(f"cannot load {found.target}: {str(error).splitlines()[0]}") from error
+    model.to(pick_device(None))
+    if found.adapter:
+        model.load_adapter(found.adapter, is_trainable=True)
+    elif weights.rank:
+        from peft import LoraConfig
+
+        model.add_adapter(
+            LoraConfig(
+                r=weights.rank,
+                lora_alpha=weights.alpha,
+                target_modules="all-linear",
+                task_type="CAUSAL_LM",
+            )
+        )
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            # Small steps on LoRA matrices in bfloat16 would be rounded away.
+            parameter.data = parameter.data.float()
+    if weights.checkpointing:
+        model.activation_checkpointing_enable({"use_reentrant": False})
     return found, model, words
 
 
 def recipe_hash(recipe: Recipe, stage: Fit | Preference | RL) -> str:
     """The hash of all values of a recipe that one stage depends on."""
-    return sha256_json([recipe.vocabulary, recipe.model, asdict(recipe.data), asdict(stage)])
+    return sha256_json(
+        [
+            recipe.scratch and asdict(recipe.scratch),
+            asdict(recipe.weights),
+            asdict(recipe.data),
+            asdict(stage),
+        ]
+    )

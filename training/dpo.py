@@ -37,25 +37,32 @@ class Pair:
     worse: list[Rendered]
 
 
-def pairs(directories: Sequence[Path], plan: Preference) -> tuple[list[Pair], Counter[str]]:
+def pairs(directories: Sequence[Path], tokenizer: Any, plan: Preference) -> tuple[list[Pair], Counter[str]]:
     """The pairs of some runs, and what was left out, by reason.  Raises ExportError, RecordsError, TrainingError."""
     found = [record for directory in directories for record in records.load(directory)[1]]
     left_out: Counter[str] = Counter()
-    made = []
     with records.of_this_version():
-        for both in export.pairs(found, left_out, plan.similar):
-            prompt = both[0]["prompt"]
-            better, worse = (sequences(records.token_ids(record), prompt) for record in both)
-            if better and worse:
-                made.append(Pair(prompt, better, worse))
-            else:
-                left_out["without token ids"] += 1
+        made = [
+            Pair(better["prompt"], texts(better, tokenizer), texts(worse, tokenizer))
+            for better, worse in export.pairs(found, left_out, plan.similar)
+        ]
     if not made:
         raise TrainingError(
             f"no pairs in {', '.join(map(str, directories))} ({export.listed(left_out) or 'no episodes'}): "
             "play several --pocket-samples at a --pocket-temperature, with a model that sometimes passes"
         )
     return made, left_out
+
+
+def texts(record: Mapping[str, Any], tokenizer: Any) -> list[Rendered]:
+    """An episode as it was sampled, if the engine gave the ids of this very tokenizer, else rendered by it."""
+    messages = records.messages(record)
+    spoken = [message.to_dict() for message in export.to_last_word(messages)]
+    start = next(number for number, message in enumerate(spoken) if message["role"] == "assistant")
+    turns = records.token_ids(record)
+    if turns and turns[0][0] == fit.prompt_ids(tokenizer, spoken[:start], record["think"]):
+        return sequences(turns, record["prompt"])
+    return [Rendered(*fit.sampled(tokenizer, spoken, record["think"]), record["prompt"])]
 
 
 def batches(found: Sequence[Pair], plan: Preference) -> Iterator[list[Pair]]:
@@ -172,8 +179,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     chosen = recipe.load(options.recipe)
     plan = chosen.dpo
     torch.manual_seed(plan.seed)
-    parent, model, words = checkpoint.load(options.parent)
-    found, left_out = pairs(options.run, plan)
+    parent, model, words = checkpoint.load(options.parent, chosen.weights)
+    found, left_out = pairs(options.run, words, plan)
     print(json.dumps({"pairs": len(found), **left_out}), file=sys.stderr, flush=True)
     options.out.mkdir(parents=True, exist_ok=True)
     state = options.out / f"{options.name}.state"
@@ -184,7 +191,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         words,
         name=options.name,
         stage="dpo",
-        parent=parent.name,
+        parent=parent,
         description=f"preferences between episodes of one training instance, beta {plan.beta}",
         facts={
             "recipe": chosen.name,

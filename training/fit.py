@@ -6,13 +6,15 @@ reached in 4 CPU-minutes what AdamW with stock batches did not reach at all, and
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
 import random
+import re
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,7 @@ from pytest_pocket.training.recipe import Fit
 from pytest_pocket.words import NOUNS
 
 IGNORED = -100
+MARKER = re.compile(r"{%-?\s*generation\s*-?%}")
 WARMUP = 0.02
 DECAY = 0.3
 SAVE_SECONDS = 120.0
@@ -55,24 +58,93 @@ def render(tokenizer: Any, trace: Trace, prompt: str, think: bool, *, everything
     """A trace under a condition, by the chat template that the suite uses.
 
     Targets are exactly the assistant's tokens (its thinking, calls and end token) of the turns with a weight;
-    ``everything`` makes all tokens targets, as pretraining wants.
+    ``everything`` makes all tokens targets, as pretraining wants.  A template's generation markers say which they
+    are, which is quick; without them, ``sampled`` does.  Raises TrainingError.
     """
-    system = SYSTEM_PROMPTS[prompt]
-    turns: list[dict[str, Any]] = [{"role": "system", "content": system}] if system else []
-    turns += [
-        {k: v for k, v in message.items() if think or k != "reasoning_content"} for message in trace.messages
-    ]
-    encoded = tokenizer.apply_chat_template(
-        turns, tools=list(SCHEMAS), enable_thinking=think, return_dict=True, return_assistant_tokens_mask=True
-    )
-    ids, mask = list(encoded["input_ids"]), list(encoded["assistant_masks"])
+    turns = _turns(trace, prompt, think)
+    if not MARKER.search(tokenizer.chat_template):
+        ids, mask = sampled(tokenizer, turns, think)
+    else:
+        encoded = tokenizer.apply_chat_template(
+            turns,
+            tools=list(SCHEMAS),
+            enable_thinking=think,
+            return_dict=True,
+            return_assistant_tokens_mask=True,
+        )
+        ids, mask = list(encoded["input_ids"]), list(encoded["assistant_masks"])
     if everything:
         return Rendered(ids, [1] * len(ids), prompt)
-    if sum(mask) == 0:
-        raise TrainingError(
-            "the chat template marks no assistant tokens: it needs {% generation %} around them"
-        )
     return Rendered(ids, _weigh(mask, trace.weights), prompt)
+
+
+def sampled(tokenizer: Any, turns: Sequence[Mapping[str, Any]], think: bool) -> tuple[list[int], list[int]]:
+    """The ids of a conversation, and a mask of those that a model samples when it plays the assistant.
+
+    Found as an engine would: a turn's tokens are those after the prompt that asks for it, to the end token.
+    Raises TrainingError where the prompt is not what the conversation begins with.
+    """
+
+    ids = _ids(tokenizer, turns, think, prompt=False)
+    mask = [0] * len(ids)
+    for number, turn in enumerate(turns):
+        if turn["role"] != "assistant":
+            continue
+        asked = prompt_ids(tokenizer, turns[:number], think)
+        try:
+            if ids[: len(asked)] != asked:
+                raise ValueError
+            end = ids.index(tokenizer.eos_token_id, len(asked)) + 1
+        except ValueError:
+            raise TrainingError(
+                "the chat template writes a turn otherwise once it is over "
+                f"(turn {number + 1}, thinking {'on' if think else 'off'}): what is sampled could not be trained on; "
+                "use a template that keeps what it wrote"
+            ) from None
+        mask[len(asked) : end] = [1] * (end - len(asked))
+    return ids, mask
+
+
+def prompt_ids(tokenizer: Any, turns: Sequence[Mapping[str, Any]], think: bool) -> list[int]:
+    """What an engine is given to ask for the next turn."""
+    return _ids(tokenizer, turns, think, prompt=True)
+
+
+def _ids(tokenizer: Any, turns: Sequence[Mapping[str, Any]], think: bool, *, prompt: bool) -> list[int]:
+    return list(
+        tokenizer.apply_chat_template(
+            turns,
+            tools=list(SCHEMAS),
+            enable_thinking=think,
+            add_generation_prompt=prompt,
+            sanitize_control_tokens=True,
+            return_dict=False,
+        )
+    )
+
+
+def prove_masks(tokenizer: Any, traces: Sequence[Trace], fit: Fit, count: int = 8) -> None:
+    """Check, before a run, that what some traces teach is exactly what a model samples.  Raises TrainingError."""
+    for trace, prompt in itertools.product(traces[:count], fit.prompts):
+        for think in {fit.think > 0, fit.think == 1}:
+            rendered = render(tokenizer, trace, prompt, think, everything=False)
+            turns = _turns(trace, prompt, think)
+            ids, mask = sampled(tokenizer, turns, think)
+            if (rendered.ids, rendered.targets) != (ids, _weigh(mask, trace.weights)):
+                raise TrainingError(
+                    "the chat template's generation markers are not around exactly what a model samples: "
+                    f"mend them, or remove them (a trace of {trace.task}, prompt {prompt})"
+                )
+
+
+def _turns(trace: Trace, prompt: str, think: bool) -> list[dict[str, Any]]:
+    """The messages of a trace under a condition."""
+    system = SYSTEM_PROMPTS[prompt]
+    turns: list[dict[str, Any]] = [{"role": "system", "content": system}] if system else []
+    return turns + [
+        {key: value for key, value in message.items() if think or key != "reasoning_content"}
+        for message in trace.messages
+    ]
 
 
 def _weigh(mask: list[int], weights: Sequence[float]) -> list[int]:
@@ -177,20 +249,19 @@ def steps(
 
 
 def optimizers_of(model: Any, muon_lr: float, adam_lr: float) -> list[Any]:
-    """Muon for the matrices of the layers, AdamW for the rest."""
+    """Muon for the matrices of the layers, AdamW for the rest, and for all where ``muon_lr`` is 0."""
     import torch
 
     matrices = [
         p
         for name, p in model.named_parameters()
-        if p.ndim == 2 and "embed" not in name and "lm_head" not in name
+        if muon_lr and p.requires_grad and p.ndim == 2 and "embed" not in name and "lm_head" not in name
     ]
     chosen = {id(p) for p in matrices}
-    rest = [p for p in model.parameters() if id(p) not in chosen]
-    made = [
-        torch.optim.Muon(matrices, lr=muon_lr, weight_decay=0.01, momentum=0.95),
-        torch.optim.AdamW(rest, lr=adam_lr, betas=(0.9, 0.98), weight_decay=0.0),
-    ]
+    rest = [p for p in model.parameters() if p.requires_grad and id(p) not in chosen]
+    made: list[Any] = [torch.optim.AdamW(rest, lr=adam_lr, betas=(0.9, 0.98), weight_decay=0.0)]
+    if matrices:
+        made.insert(0, torch.optim.Muon(matrices, lr=muon_lr, weight_decay=0.01, momentum=0.95))
     for group in (group for optimizer in made for group in optimizer.param_groups):
         group["initial_lr"] = group["lr"]
     return made
@@ -261,11 +332,13 @@ def target_logits(model: Any, ids: Any, labels: Any) -> tuple[Any, Any]:
     hidden states reach the output layer.
     """
     decoder = model.get_decoder()
+    kinds = set(getattr(model.config, "layer_types", None) or ["full_attention"])
     alike = (ids == ids[:1]).all(0) & (labels == IGNORED).all(0)
     # One less: the first target is predicted from the token before it, which must be among the rows' own.
     shared = int(alike.cumprod(0).sum()) - 1
     cache = None
-    if len(ids) > 1 and shared > 0:
+    # A state of linear attention cannot be handed on with its gradient, and a recomputed layer keeps no cache.
+    if len(ids) > 1 and shared > 0 and kinds == {"full_attention"} and not model.is_gradient_checkpointing:
         cache = decoder(input_ids=ids[:1, :shared], use_cache=True).past_key_values
         cache.batch_repeat_interleave(len(ids))
         ids, labels = ids[:, shared:], labels[:, shared:]
@@ -281,18 +354,19 @@ def save_state(path: Path, model: Any, optimizers: Sequence[Any], **progress: An
 
     partial = path.with_suffix(".partial")
     values = [optimizer.state_dict() for optimizer in optimizers]
-    torch.save({"model": model.state_dict(), "optimizers": values, **progress}, partial)
+    learned = {name: value for name, value in model.named_parameters() if value.requires_grad}
+    torch.save({"model": learned, "optimizers": values, **progress}, partial)
     os.replace(partial, path)
 
 
-def load_state(path: Path, model: Any, optimizers: Sequence[Any], device: str = "cpu") -> dict[str, Any]:
+def load_state(path: Path, model: Any, optimizers: Sequence[Any]) -> dict[str, Any]:
     """Put a run back where it was, and return its progress; empty when there is nothing to go on with."""
     import torch
 
     if not path.is_file():
         return {}
-    saved: dict[str, Any] = torch.load(path, map_location=device, weights_only=True)
-    model.load_state_dict(saved["model"])
+    saved: dict[str, Any] = torch.load(path, map_location=model.device, weights_only=True)
+    model.load_state_dict(saved["model"], strict=False)
     for optimizer, values in zip(optimizers, saved["optimizers"], strict=True):
         optimizer.load_state_dict(values)
     return saved
@@ -305,7 +379,6 @@ def fit_model(
     state: Path,
     evaluate: Callable[[], dict[str, float]] | None = None,
     evaluations: int = 0,
-    device: str = "cpu",
 ) -> list[dict[str, float]]:
     """Train until the recipe's tokens are seen; resumes from ``state`` if it is there.  Returns the curve.
 
@@ -313,12 +386,12 @@ def fit_model(
 
     Raises TrainingError at a loss that is not a number; the last saved state is then intact.
     """
-    model.to(device).train()
+    model.train()
     optimizers = optimizers_of(model, fit.muon_lr, fit.adam_lr)
     curve: list[dict[str, float]] = []
     seen = steps = 0
     spent = 0.0
-    if saved := load_state(state, model, optimizers, device):
+    if saved := load_state(state, model, optimizers):
         seen, steps, spent, curve = saved["seen"], saved["steps"], saved["spent"], saved["curve"]
     for _ in range(steps):
         next(batches_of_steps)
@@ -333,7 +406,7 @@ def fit_model(
         losses = []
         before = seen
         for batch in next(batches_of_steps):
-            ids, labels = (tensor.to(device) for tensor in tensors(batch))
+            ids, labels = (tensor.to(model.device) for tensor in tensors(batch))
             loss = next_token_loss(model, ids, labels)
             loss.backward()
             losses.append(loss.item())

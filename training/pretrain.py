@@ -9,7 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+from pytest_pocket.backends.hf import pick_device
 from pytest_pocket.registry import file_hash
 from pytest_pocket.training import checkpoint, data, fit, recipe, stage, tokenizer
 from pytest_pocket.training.evaluate import on_dev
@@ -28,20 +30,26 @@ def main(argv: Sequence[str] | None = None) -> None:
     if options.threads:
         torch.set_num_threads(options.threads)
     chosen = recipe.load(options.recipe)
-    torch.manual_seed(chosen.pretrain.seed)
+    if chosen.scratch is None:
+        raise recipe.RecipeError(
+            f"recipe {chosen.name} has no [pretrain]: it begins with weights from elsewhere"
+        )
+    plan, shape = chosen.scratch.pretrain, chosen.scratch.model
+    checkpoint.origin()
+    torch.manual_seed(plan.seed)
     traces = data.read(options.traces)
-    words = tokenizer.build(traces, chosen.vocabulary)
+    words = tokenizer.build(traces, chosen.scratch.vocabulary)
     config = Qwen3Config(
         vocab_size=len(words),
         tie_word_embeddings=True,
         eos_token_id=words.eos_token_id,
         pad_token_id=words.pad_token_id,
         bos_token_id=None,
-        **{key: value for key, value in chosen.model.items() if key != "rope_theta"},
-        rope_parameters={"rope_type": "default", "rope_theta": chosen.model["rope_theta"]},
+        **{key: value for key, value in shape.items() if key != "rope_theta"},
+        rope_parameters={"rope_type": "default", "rope_theta": shape["rope_theta"]},
     )
-    model = Qwen3ForCausalLM(config)
-    plan = chosen.pretrain
+    model: Any = Qwen3ForCausalLM(config)
+    model.to(pick_device(None))
     steps = fit.steps(words, traces, tokenizer.sources(), plan, everything=True)
     options.out.mkdir(parents=True, exist_ok=True)
     curve = fit.fit_model(
@@ -58,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         words,
         name=options.name,
         stage="base",
-        parent="",
+        parent=None,
         description="tiny Qwen3, trained from scratch on agentic traces and Python source, without system prompts",
         facts=facts(chosen, options.traces, plan, curve),
         curve=curve,

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 from pytest_pocket.conditions import SYSTEM_PROMPTS
 
 T = TypeVar("T")
+DTYPES = ("float32", "bfloat16")
 OVERLONG = ("score", "mask")
 """What to do with episodes that hit a limit."""
 
@@ -51,6 +52,29 @@ class Fit:
     muon_lr: float
     adam_lr: float
     seed: int
+
+
+@dataclass(frozen=True)
+class Scratch:
+    """A model from nothing: its tokenizer, its shape (given to transformers' Qwen3Config as it is), pretraining."""
+
+    vocabulary: int
+    model: Mapping[str, Any]
+    pretrain: Fit
+
+
+@dataclass(frozen=True)
+class Weights:
+    """What of a parent is trained, and in which type.
+
+    A ``rank`` above 0 trains LoRA matrices of that rank on all linear layers, scaled by ``alpha``, and the parent's
+    weights, in ``dtype``, stay as they are.  ``checkpointing`` computes activations twice rather than keep them.
+    """
+
+    dtype: str = "float32"
+    rank: int = 0
+    alpha: int = 0
+    checkpointing: bool = False
 
 
 @dataclass(frozen=True)
@@ -104,13 +128,12 @@ class RL:
 
 @dataclass(frozen=True)
 class Recipe:
-    """All stages of a family.  ``model`` goes to transformers' Qwen3Config as it is."""
+    """All stages of a family.  ``scratch`` is None in one that begins with weights from elsewhere."""
 
     name: str
-    vocabulary: int
-    model: Mapping[str, Any]
+    scratch: Scratch | None
+    weights: Weights
     data: Data
-    pretrain: Fit
     sft: Fit
     dpo: Preference
     rlvr: RL
@@ -127,16 +150,17 @@ def load(name: str) -> Recipe:
         table = tomllib.loads(path.read_text())
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise RecipeError(f"recipe {path} is not TOML: {error}") from None
-    unknown = table.keys() - {"tokenizer", "model", "data", "pretrain", "sft", "dpo", "rlvr"}
+    unknown = table.keys() - {"tokenizer", "model", "pretrain", "weights", "data", "sft", "dpo", "rlvr"}
     if unknown:
         raise RecipeError(f"recipe {path} has unknown tables: {', '.join(sorted(unknown))}")
     try:
         recipe = Recipe(
             path.stem,
-            table["tokenizer"]["vocabulary"],
-            table["model"],
+            Scratch(table["tokenizer"]["vocabulary"], table["model"], _table(Fit, table["pretrain"]))
+            if "pretrain" in table
+            else None,
+            _table(Weights, table.get("weights", {})),
             _table(Data, table["data"]),
-            _table(Fit, table["pretrain"]),
             _table(Fit, table["sft"]),
             _table(Preference, table["dpo"]),
             _table(RL, table["rlvr"]),
@@ -147,7 +171,10 @@ def load(name: str) -> Recipe:
         raise RecipeError(
             f"recipe {path}: overlong {recipe.rlvr.overlong!r}: choose from {', '.join(OVERLONG)}"
         )
-    for stage in (recipe.pretrain, recipe.sft, recipe.rlvr):
+    if recipe.weights.dtype not in DTYPES:
+        raise RecipeError(f"recipe {path}: dtype {recipe.weights.dtype!r}: choose from {', '.join(DTYPES)}")
+    stages: list[Fit | RL] = [recipe.scratch.pretrain] if recipe.scratch else []
+    for stage in (*stages, recipe.sft, recipe.rlvr):
         if wrong := stage.prompts.keys() - SYSTEM_PROMPTS.keys():
             raise RecipeError(
                 f"recipe {path}: unknown prompt {min(wrong)!r}: choose from {', '.join(SYSTEM_PROMPTS)}"

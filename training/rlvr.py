@@ -271,7 +271,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     chosen = recipe.load(options.recipe)
     plan = chosen.rlvr
     torch.manual_seed(plan.seed)
-    parent, model, words = checkpoint.load(options.parent)
+    parent, model, words = checkpoint.load(options.parent, chosen.weights)
     options.out.mkdir(parents=True, exist_ok=True)
     state = options.out / f"{options.name}.state"
     curve = learn(model, words, plan, state, lambda: on_dev(model, words), options.evaluations)
@@ -281,7 +281,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         words,
         name=options.name,
         stage="rlvr",
-        parent=parent.name,
+        parent=parent,
         description="reinforcement learning with verifiable rewards on the training split of the tasks",
         facts={
             "recipe": chosen.name,

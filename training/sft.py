@@ -30,8 +30,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         torch.set_num_threads(options.threads)
     chosen = recipe.load(options.recipe)
     torch.manual_seed(chosen.sft.seed)
-    parent, model, words = checkpoint.load(options.parent)
+    parent, model, words = checkpoint.load(options.parent, chosen.weights)
     traces = data.read(options.traces)
+    fit.prove_masks(words, traces, chosen.sft)
     steps = fit.steps(words, traces, (), chosen.sft, everything=False)
     options.out.mkdir(parents=True, exist_ok=True)
     curve = fit.fit_model(
@@ -48,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         words,
         name=options.name,
         stage="sft",
-        parent=parent.name,
+        parent=parent,
         description="supervised fine-tuning on validated oracle traces, raw and with system prompts",
         facts=facts(chosen, options.traces, chosen.sft, curve),
         curve=curve,
