@@ -70,7 +70,7 @@ def write(path: Path, data: bytes) -> None:
 def _sft(found: Sequence[Row], left_out: Counter[str]) -> list[Row]:
     """The conversations of the episodes that passed, each once."""
     rows: dict[str, Row] = {}
-    for record in _trainable(found, left_out):
+    for record in trainable(found, left_out):
         if not record["passed"]:
             left_out["not passed"] += 1
             continue
@@ -97,7 +97,7 @@ def pairs(
     Pairs whose words agree by more than ``similar`` are left out; 1 keeps all.  Raises ExportError.
     """
     groups: dict[tuple[Any, ...], list[Row]] = {}
-    for record in _trainable(found, left_out):
+    for record in trainable(found, left_out):
         groups.setdefault(tuple(record[key] for key in ("task", "seed", "prompt", "think")), []).append(
             record
         )
@@ -131,7 +131,7 @@ KINDS: Mapping[str, Callable[[Sequence[Row], Counter[str]], list[Row]]] = {
 }
 
 
-def _trainable(found: Sequence[Row], left_out: Counter[str]) -> list[Row]:
+def trainable(found: Sequence[Row], left_out: Counter[str]) -> list[Row]:
     """The valid episodes.  Raises ExportError where any is of an instance that models are tested on."""
     from pytest_pocket.training.data import fingerprint, guarded
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pytest_pocket import sandbox, task_list
+from pytest_pocket import records, sandbox, task_list
 from pytest_pocket.conditions import SYSTEM_PROMPTS
 from pytest_pocket.episode import Workshop, play
 from pytest_pocket.registry import MANIFEST, ModelError, read_manifest, shipped
@@ -34,7 +35,10 @@ def traces() -> list[data.Trace]:
         for i in range(6)
     ]
     assert {episode.outcome for episode in episodes} == {"passed"}
-    return [data.trace(episode, teacher) for episode in episodes]
+    return [
+        data.trace(episode, teacher.mistake(f"{episode.instance.task}:{episode.instance.seed}") is not None)
+        for episode in episodes
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -143,6 +147,54 @@ def test_traces_leave_out_the_kinds_that_the_recipe_says() -> None:
     assert len(built) == 6
     assert all(each.reach < 0.5 for each in built)
     assert counts["of kinds that traces leave out"] > 0
+
+
+def test_traces_of_a_run_are_its_passed_episodes_played_again(suite_run: Path, tmp_path: Path) -> None:
+    path = tmp_path / "traces.jsonl"
+    counts = data.write(path, data.from_runs([suite_run]))
+    assert counts["not passed"] == 38  # the no-op's
+    assert counts["passed"] == 38  # the oracle's, raw and full
+    assert counts["duplicate"] == 19  # which differ by the system prompt alone
+    traces = data.read(path)
+    assert len(traces) == 19
+    for trace in traces:
+        assert trace.messages[0]["role"] == "user"
+        assert set(trace.weights) == {1.0}
+
+
+def test_an_episode_that_does_not_pass_again_is_dropped(suite_run: Path, tmp_path: Path) -> None:
+    info, found = records.load(suite_run)
+    (forged,) = (
+        each
+        for each in found
+        if each["task"] == "run_script" and each["prompt"] == "raw" and not each["passed"]
+    )
+    records.write(tmp_path / "run", info, [{**forged, "passed": True, "reward": 1.0}])
+    with pytest.raises(data.DataError, match="'wrong': 1"):
+        data.write(tmp_path / "traces.jsonl", data.from_runs([tmp_path / "run"]))
+    assert not list(tmp_path.glob("traces*"))
+
+
+def test_traces_load_as_a_hugging_face_dataset(traces: list[data.Trace], tmp_path: Path) -> None:
+    from datasets import load_dataset
+
+    path = tmp_path / "traces.jsonl"
+    data.write(path, iter([(traces, Counter())]))
+    assert data.read(path) == traces
+    rows = load_dataset("json", data_files=str(path), split="train", cache_dir=str(tmp_path / "cache"))
+    assert len(rows) == len(traces)
+    arguments = [
+        json.loads(call["function"]["arguments"])
+        for row in rows
+        for message in row["messages"]
+        for call in message.get("tool_calls") or ()
+    ]
+    assert arguments == [
+        call["function"]["arguments"]
+        for trace in traces
+        for message in trace.messages
+        for call in message.get("tool_calls", ())
+    ]
 
 
 def test_missing_traces_say_how_to_make_them(tmp_path: Path) -> None:

@@ -1,8 +1,8 @@
-"""Traces: what the oracles do, played through the real loop in the real sandbox, from training seeds only.
+"""Traces: what the oracles do, or what models did that passed, played through the real loop in the real sandbox.
 
-A share of them begins with a mistake, so that the model learns to go on after an error; the mistake itself is
-never trained on by SFT.  Every trace that does not reach reward 1 is dropped and counted, and so is every one
-whose prompt and files equal those of a dev or eval instance.
+They are of training seeds only.  A share of the oracles' begins with a mistake, so that the model learns to go on
+after an error; the mistake itself is never trained on by SFT.  Every trace that does not reach reward 1 is dropped
+and counted, and so is every one whose prompt and files equal those of a dev or eval instance.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import os
 import random
 import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from pytest_pocket import sandbox, task_list
-from pytest_pocket.backends.scripted import OracleBackend
+from pytest_pocket.backends.scripted import NoopBackend, OracleBackend
 from pytest_pocket.chat import ChatReply, ChatRequest, Message, ToolCall
 from pytest_pocket.episode import Episode, Workshop, play
 from pytest_pocket.task import Instance, instance_seed, split_of
@@ -92,6 +92,19 @@ class Teacher(OracleBackend):
         return replace(reply, thinking=thinking)
 
 
+class Replay(NoopBackend):
+    """Says again what an assistant said."""
+
+    def __init__(self, said: Sequence[Message]) -> None:
+        super().__init__()
+        self.said = said
+
+    def reply(self, request: ChatRequest) -> ChatReply:
+        """The turn that comes now."""
+        message = self.said[sum(each.role == "assistant" for each in request.messages)]
+        return ChatReply(message.content, thinking=message.thinking, calls=message.calls, completion_tokens=1)
+
+
 def fingerprint(instance: Instance) -> str:
     """The hash of all that a model sees of an instance."""
     seen = json.dumps([instance.prompt, sorted(instance.files.items()), instance.setup])
@@ -108,11 +121,13 @@ def guarded(names: Sequence[str]) -> frozenset[str]:
     )
 
 
-def trace(episode: Episode, teacher: Teacher) -> Trace:
-    """The trace of a passed episode, without its system prompt: rendering adds the condition's."""
+def trace(episode: Episode, stumbled: bool) -> Trace:
+    """The trace of a passed episode, without its system prompt: rendering adds the condition's.
+
+    Of one that ``stumbled`` the first turn is not learned from.
+    """
     instance = episode.instance
     turns = [message for message in episode.messages if message.role != "system"]
-    stumbled = teacher.mistake(f"{instance.task}:{instance.seed}") is not None
     count = sum(message.role == "assistant" for message in turns)
     weights = tuple(0.0 if stumbled and number == 0 else 1.0 for number in range(count))
     return Trace(instance.task, instance.seed, tuple(map(Message.to_dict, turns)), weights)
@@ -142,7 +157,8 @@ def _play(job: tuple[str, int, int, recipes.Data]) -> tuple[list[Trace], Counter
         for episode in threads.map(lambda instance: play(task, instance, teacher, workshop), instances):
             counts[episode.outcome] += 1
             if episode.outcome == "passed":
-                kept.append(trace(episode, teacher))
+                stumbled = teacher.mistake(f"{name}:{episode.instance.seed}") is not None
+                kept.append(trace(episode, stumbled))
     return kept, counts
 
 
@@ -160,6 +176,33 @@ def generate(
         yield from pool.map(_play, jobs)
 
 
+def from_runs(directories: Sequence[Path]) -> Iterator[tuple[list[Trace], Counter[str]]]:
+    """Batches of traces of the episodes that passed, each played again: rejection sampling.
+
+    Raises ExportError, RecordsError.
+    """
+    from pytest_pocket import export, records
+
+    workshop = Workshop(sandbox.select("auto"))
+    for directory in directories:
+        counts: Counter[str] = Counter()
+        kept = []
+        with records.of_this_version():
+            for record in export.trainable(records.load(directory)[1], counts):
+                if not record["passed"]:
+                    counts["not passed"] += 1
+                elif any(reply["malformed"] for reply in record["replies"]):
+                    counts["with a malformed call"] += 1
+                else:
+                    said = [each for each in records.messages(record) if each.role == "assistant"]
+                    task = task_list.find(record["task"])
+                    episode = play(task, task.build(record["seed"]), Replay(said), workshop)
+                    counts[episode.outcome] += 1
+                    if episode.outcome == "passed":
+                        kept.append(trace(episode, False))
+        yield kept, counts
+
+
 def write(path: Path, batches: Iterator[tuple[list[Trace], Counter[str]]]) -> Counter[str]:
     """Write traces as JSON lines, and beside them a data card.  Returns what became of the episodes."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -170,7 +213,7 @@ def write(path: Path, batches: Iterator[tuple[list[Trace], Counter[str]]]) -> Co
         for traces, outcomes in batches:
             counts += outcomes
             for each in traces:
-                line = json.dumps(each.__dict__)
+                line = json.dumps({**each.__dict__, "messages": _as_text(each.messages)})
                 key = hashlib.sha256(json.dumps(each.messages).encode()).hexdigest()
                 counts["duplicate"] += key in seen
                 if key not in seen:
@@ -178,6 +221,9 @@ def write(path: Path, batches: Iterator[tuple[list[Trace], Counter[str]]]) -> Co
                 seen.add(key)
             file.flush()
             print(f"{path.name}: {counts['passed']} traces", file=sys.stderr)
+    if not seen:
+        partial.unlink()
+        raise DataError(f"no traces for {path}: of the episodes, {dict(counts)}")
     os.replace(partial, path)
     card = {
         "traces": len(seen),
@@ -186,6 +232,25 @@ def write(path: Path, batches: Iterator[tuple[list[Trace], Counter[str]]]) -> Co
     }
     path.with_suffix(".card.json").write_text(json.dumps(card, indent=2) + "\n")
     return counts
+
+
+def _as_text(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Messages whose calls have their arguments as JSON text: as a table, all tools' arguments would be merged."""
+    return _with_arguments(messages, json.dumps)
+
+
+def _with_arguments(
+    messages: Sequence[Mapping[str, Any]], change: Callable[[Any], Any]
+) -> list[dict[str, Any]]:
+    changed = [dict(message) for message in messages]
+    for message in changed:
+        if "tool_calls" in message:
+            functions = [call["function"] for call in message["tool_calls"]]
+            message["tool_calls"] = [
+                {"type": "function", "function": {**each, "arguments": change(each["arguments"])}}
+                for each in functions
+            ]
+    return changed
 
 
 def read(path: Path, limit: int | None = None) -> list[Trace]:
@@ -200,9 +265,8 @@ def read(path: Path, limit: int | None = None) -> list[Trace]:
                 raise DataError(
                     f"{path} holds the {split_of(fields['seed'])} seed {fields['seed']}: training refuses it"
                 )
-            traces.append(
-                Trace(fields["task"], fields["seed"], tuple(fields["messages"]), tuple(fields["weights"]))
-            )
+            messages = tuple(_with_arguments(fields["messages"], json.loads))
+            traces.append(Trace(fields["task"], fields["seed"], messages, tuple(fields["weights"])))
     return traces
 
 
@@ -212,9 +276,20 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--recipe", default="tiny")
     parser.add_argument("--out", type=Path, default=TRACES)
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
+    parser.add_argument(
+        "--run",
+        type=Path,
+        action="append",
+        default=[],
+        help="take the episodes that passed in this run directory, instead of the oracles'; repeatable",
+    )
     options = parser.parse_args(argv)
     recipe = recipes.load(options.recipe)
-    counts = write(options.out, generate(recipe.data, list(task_list.shipped()), options.processes))
+    if options.run:
+        batches = from_runs(options.run)
+    else:
+        batches = generate(recipe.data, list(task_list.shipped()), options.processes)
+    counts = write(options.out, batches)
     print(f"{options.out}: {dict(counts)}")
 
 
