@@ -170,7 +170,7 @@ def test_an_episode_that_does_not_pass_again_is_dropped(suite_run: Path, tmp_pat
         if each["task"] == "run_script" and each["prompt"] == "raw" and not each["passed"]
     )
     records.write(tmp_path / "run", info, [{**forged, "passed": True, "reward": 1.0}])
-    with pytest.raises(data.DataError, match="'wrong': 1"):
+    with pytest.raises(data.DataError, match="'early_stop': 1"):
         data.write(tmp_path / "traces.jsonl", data.from_runs([tmp_path / "run"]))
     assert not list(tmp_path.glob("traces*"))
 
