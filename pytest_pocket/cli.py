@@ -343,6 +343,32 @@ def _plain() -> bool:
     return not (sys.stdout.encoding or "").lower().startswith("utf")
 
 
+@app.command()
+def push(
+    name: Annotated[str, typer.Argument(help="A model of the suite that is a checkpoint.")],
+    to: Annotated[
+        str, typer.Option("--to", help="A new folder (./NAME), or OWNER/NAME on the Hugging Face hub.")
+    ],
+    run: Annotated[
+        list[Path] | None, typer.Option("--run", help="A run that measured it, for the card; repeatable.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Put a checkpoint with a model card (where it comes from, what it scored) in a folder or on the hub."""
+    from pytest_pocket import push as pushing
+    from pytest_pocket import registry
+
+    try:
+        model = registry.Registry(registry.from_pyproject(Path("pyproject.toml"))).resolve(name)
+        measured = [pushing.Measured(str(each), *_run(each)) for each in run or []]
+        done = pushing.push(model, to, measured)
+    except (registry.ModelError, pushing.PushError) as error:
+        _stop(error)
+    typer.echo(
+        json.dumps({"model": model.name, "to": done}, indent=2) if as_json else f"{model.name}: {done}"
+    )
+
+
 @app.command(
     context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []},
     add_help_option=False,

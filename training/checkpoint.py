@@ -19,6 +19,7 @@ from pytest_pocket import records
 from pytest_pocket.backends.hf import pick_device
 from pytest_pocket.registry import MANIFEST, Model, ModelError, Registry, file_hash, sha256_json, tools_hash
 from pytest_pocket.task import SUITE_VERSION
+from pytest_pocket.training import plot
 from pytest_pocket.training.recipe import RL, Fit, Preference, Recipe, Weights
 
 
@@ -42,13 +43,16 @@ def save(
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     copy.deepcopy(model).to(device="cpu", dtype=torch.bfloat16).save_pretrained(partial)
+    base = _from(directory, parent.target) if parent and adapted(model) else ""
+    if base:
+        _name_base(partial / "adapter_config.json", base)
     tokenizer.save_pretrained(partial)
     (partial / "curve.json").write_text(json.dumps(list(curve)) + "\n")
     manifest = {
         "name": name,
         "stage": stage,
         "parent": parent.name if parent else "",
-        **({"adapter_of": _from(directory, parent.target)} if parent and adapted(model) else {}),
+        **({"adapter_of": base} if base else {}),
         "description": description,
         "suite": SUITE_VERSION,
         "tools_sha256": tools_hash(),
@@ -61,6 +65,7 @@ def save(
         "versions": {package: version(package) for package in ("torch", "transformers", "tokenizers")},
         **facts,
     }
+    plot.draw(curve, partial / "curve.png")
     (partial / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
     for path in partial.iterdir():
         # safetensors are written for the owner alone, and a checkpoint is to be shared.
@@ -80,6 +85,12 @@ def _from(directory: Path, base: str) -> str:
         return base
     path = os.path.relpath(base, directory)
     return path if path.startswith(".") else f"./{path}"
+
+
+def _name_base(path: Path, base: str) -> None:
+    """Let PEFT's own file name the base as the manifest does, rather than by a path of this machine."""
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps({**config, "base_model_name_or_path": base}, indent=2) + "\n")
 
 
 @functools.cache
