@@ -23,7 +23,7 @@ from pytest_pocket import records
 from pytest_pocket.registry import shipped
 from pytest_pocket.training import dpo, recipe
 from pytest_pocket.training.dpo import Pair
-from pytest_pocket.training.fit import Rendered, TrainingError
+from pytest_pocket.training.fit import Rendered, State, TrainingError
 
 PLAN = replace(recipe.load("smoke").dpo, pairs=2, epochs=2)
 GOOD, BAD = Rendered([5, 6, 7, 8], [0, 0, 1, 1], "raw"), Rendered([5, 6, 9, 4, 3], [0, 0, 1, 0, 1], "raw")
@@ -224,7 +224,7 @@ def test_at_the_parent_the_loss_is_ln_2_whatever_the_texts(values: list[float], 
 
 def test_the_better_becomes_likelier_than_the_worse(model: Any, tmp_path: Path) -> None:
     before = dpo.logprobs(model, [[GOOD], [BAD]])[0].diff().item()
-    curve = dpo.learn(model, [PAIR] * 4, replace(PLAN, epochs=4), tmp_path / "x.state")
+    curve = dpo.learn(model, [PAIR] * 4, replace(PLAN, epochs=4), State(tmp_path / "x.state"))
     after = dpo.logprobs(model, [[GOOD], [BAD]])[0].diff().item()
     assert after < before
     assert curve[0]["loss"] > curve[-1]["loss"]
@@ -244,7 +244,7 @@ def test_a_killed_run_goes_on_to_the_same_end(tmp_path: Path, monkeypatch: pytes
         return AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
 
     whole = fresh()
-    dpo.learn(whole, found, PLAN, tmp_path / "whole.state")
+    dpo.learn(whole, found, PLAN, State(tmp_path / "whole.state"))
     halted = fresh()
     taken = iter(range(3))
 
@@ -254,11 +254,17 @@ def test_a_killed_run_goes_on_to_the_same_end(tmp_path: Path, monkeypatch: pytes
         return {}
 
     with pytest.raises(KeyboardInterrupt):
-        dpo.learn(halted, found, PLAN, tmp_path / "halted.state", killed, evaluations=8)
+        dpo.learn(halted, found, PLAN, State(tmp_path / "halted.state"), killed, evaluations=8)
     resumed = fresh()
-    curve = dpo.learn(resumed, found, PLAN, tmp_path / "halted.state")
+    curve = dpo.learn(resumed, found, PLAN, State(tmp_path / "halted.state"))
     assert [point["step"] for point in curve] == list(range(1, 9))
     assert all(map(torch.allclose, weights(whole), weights(resumed)))
+
+
+def test_a_state_of_another_run_is_refused(model: Any, tmp_path: Path) -> None:
+    dpo.learn(model, [PAIR], PLAN, State(tmp_path / "x.state", "beta 0.1"))
+    with pytest.raises(TrainingError, match="another recipe, parent or data: remove it"):
+        dpo.learn(model, [PAIR], PLAN, State(tmp_path / "x.state", "beta 0.5"))
 
 
 def test_a_loss_that_is_not_a_number_stops_before_harm(model: Any, tmp_path: Path) -> None:
@@ -266,5 +272,5 @@ def test_a_loss_that_is_not_a_number_stops_before_harm(model: Any, tmp_path: Pat
         model.get_input_embeddings().weight[7] = float("nan")
     before = weights(model)
     with pytest.raises(TrainingError, match="lower the learning rates"):
-        dpo.learn(model, [PAIR], PLAN, tmp_path / "x.state")
+        dpo.learn(model, [PAIR], PLAN, State(tmp_path / "x.state"))
     assert all(torch.equal(a, b) or a.isnan().any() for a, b in zip(before, weights(model), strict=True))

@@ -100,7 +100,7 @@ def test_only_the_adapter_learns_and_the_base_stays_in_bfloat16(
     assert {value.dtype for value in before.values()} == {torch.float32}
     assert {value.dtype for value in base.values()} == {torch.bfloat16}
     steps = fit.steps(words, data.read(home / "traces.jsonl"), (), chosen.sft, everything=False)
-    fit.fit_model(model, steps, chosen.sft, tmp_path / "x.state")
+    fit.fit_model(model, steps, chosen.sft, fit.State(tmp_path / "x.state"))
     assert any(not torch.equal(before[name], value) for name, value in adapter(model).items())
     assert all(torch.equal(base[name], value) for name, value in frozen(model).items())
     saved = torch.load(tmp_path / "x.state", weights_only=True)
@@ -113,7 +113,7 @@ def test_preferences_teach_the_adapter(
     model, words, chosen = trainee
     before = adapter(model)
     found, _ = dpo.pairs([suite_run], words, chosen.dpo)
-    curve = dpo.learn(model, found[:2], chosen.dpo, tmp_path / "x.state")
+    curve = dpo.learn(model, found[:2], chosen.dpo, fit.State(tmp_path / "x.state"))
     assert curve[0]["loss"] > 0
     assert any(not torch.equal(before[name], value) for name, value in adapter(model).items())
 

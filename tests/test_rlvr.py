@@ -190,7 +190,7 @@ def test_a_resumed_run_ends_like_an_uninterrupted_one(tmp_path: Path) -> None:
     plan = replace(PLAN, steps=2)
     ends = []
     for name, stops in (("whole", ()), ("resumed", (1,))):
-        state = tmp_path / f"{name}.state"
+        state = rlvr.fit.State(tmp_path / f"{name}.state")
         for steps in (*stops, 2):
             model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
             words = AutoTokenizer.from_pretrained(path)

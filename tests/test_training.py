@@ -289,7 +289,7 @@ def test_a_resumed_run_ends_like_an_uninterrupted_one(
         return fit.steps(words, traces, ["x = 1\n"], SMALL, everything=False)
 
     whole = tiny(words)
-    fit.fit_model(whole, stream(), SMALL, tmp_path / "whole.state")
+    fit.fit_model(whole, stream(), SMALL, fit.State(tmp_path / "whole.state"))
 
     class Killed(Exception):
         pass
@@ -300,9 +300,9 @@ def test_a_resumed_run_ends_like_an_uninterrupted_one(
 
     monkeypatch.setattr(fit, "SAVE_SECONDS", 0.0)
     with pytest.raises(Killed):
-        fit.fit_model(tiny(words), interrupted(), SMALL, tmp_path / "halves.state")
+        fit.fit_model(tiny(words), interrupted(), SMALL, fit.State(tmp_path / "halves.state"))
     resumed = tiny(words)
-    curve = fit.fit_model(resumed, stream(), SMALL, tmp_path / "halves.state")
+    curve = fit.fit_model(resumed, stream(), SMALL, fit.State(tmp_path / "halves.state"))
     assert curve[-1]["tokens"] >= SMALL.tokens
     for one, other in zip(whole.parameters(), resumed.parameters(), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
@@ -311,7 +311,9 @@ def test_a_resumed_run_ends_like_an_uninterrupted_one(
 def test_training_lowers_the_loss(traces: list[data.Trace], words: Any, tmp_path: Path) -> None:
     steps = fit.steps(words, traces, (), SMALL, everything=False)
     longer = Fit(**{**SMALL.__dict__, "tokens": 60_000})
-    curve = fit.fit_model(tiny(words), steps, longer, tmp_path / "run.state", lambda: {"dev": 0.5}, 4)
+    curve = fit.fit_model(
+        tiny(words), steps, longer, fit.State(tmp_path / "run.state"), lambda: {"dev": 0.5}, 4
+    )
     assert curve[-1]["loss"] < curve[0]["loss"] - 0.5
     assert [point["dev"] for point in curve if "dev" in point] == [0.5] * 4
 
@@ -323,7 +325,7 @@ def test_a_loss_that_is_not_a_number_stops_the_run(
     model.model.embed_tokens.weight.data.fill_(float("nan"))
     steps = fit.steps(words, traces, (), SMALL, everything=False)
     with pytest.raises(fit.TrainingError, match="the loss is nan: lower the learning rates"):
-        fit.fit_model(model, steps, SMALL, tmp_path / "run.state")
+        fit.fit_model(model, steps, SMALL, fit.State(tmp_path / "run.state"))
     assert not (tmp_path / "run.state").exists()
 
 

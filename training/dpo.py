@@ -109,7 +109,7 @@ def learn(
     model: Any,
     found: Sequence[Pair],
     plan: Preference,
-    state: Path,
+    state: fit.State,
     evaluate: Callable[[], Mapping[str, float]] | None = None,
     evaluations: int = 0,
 ) -> list[dict[str, float]]:
@@ -124,7 +124,7 @@ def learn(
     reference = copy.deepcopy(model).eval()
     curve: list[dict[str, float]] = []
     done, spent = 0, 0.0
-    if saved := fit.load_state(state, model, optimizers):
+    if saved := state.load(model, optimizers):
         done, spent, curve = saved["step"], saved["spent"], saved["curve"]
     model.eval()
     started = last_save = time.monotonic()
@@ -151,18 +151,14 @@ def learn(
         fit.note(curve, point)
         if done == len(steps) or time.monotonic() - last_save > fit.SAVE_SECONDS:
             seconds = spent + time.monotonic() - started
-            fit.save_state(state, model, optimizers, step=done, spent=seconds, curve=curve)
+            state.save(model, optimizers, step=done, spent=seconds, curve=curve)
             last_save = time.monotonic()
     return curve
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Train a model on preferences."""
-    parser = stage.arguments("dpo", __doc__)
-    parser.add_argument(
-        "--from", dest="parent", default="sft-run6", help="a registered model or a checkpoint directory"
-    )
-    parser.add_argument("--name", required=True)
+    parser = stage.arguments("dpo", __doc__, parent="sft-run6")
     parser.add_argument(
         "--run",
         type=Path,
@@ -172,18 +168,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     options = parser.parse_args(argv)
 
-    import torch
-
-    if options.threads:
-        torch.set_num_threads(options.threads)
     chosen = recipe.load(options.recipe)
     plan = chosen.dpo
-    torch.manual_seed(plan.seed)
+    stage.begin(options, plan.seed)
     parent, model, words = checkpoint.load(options.parent, chosen.weights)
     found, left_out = pairs(options.run, words, plan)
     print(json.dumps({"pairs": len(found), **left_out}), file=sys.stderr, flush=True)
-    options.out.mkdir(parents=True, exist_ok=True)
-    state = options.out / f"{options.name}.state"
+    recipe_sha256 = checkpoint.recipe_hash(chosen, plan)
+    data_sha256 = [file_hash(directory / records.EPISODES) for directory in options.run]
+    state = stage.state(options, recipe_sha256, parent.digest, *data_sha256)
     curve = learn(model, found, plan, state, lambda: on_dev(model, words), options.evaluations)
     checkpoint.save(
         options.out / options.name,
@@ -195,11 +188,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         description=f"preferences between episodes of one training instance, beta {plan.beta}",
         facts={
             "recipe": chosen.name,
-            "recipe_sha256": checkpoint.recipe_hash(chosen, plan),
+            "recipe_sha256": recipe_sha256,
             "seed": plan.seed,
             "pairs": len(found),
             "left_out": dict(left_out),
-            "data_sha256": [file_hash(directory / records.EPISODES) for directory in options.run],
+            "data_sha256": data_sha256,
             "minutes": round(curve[-1]["minutes"], 1) if curve else 0.0,
         },
         curve=curve,

@@ -338,7 +338,7 @@ def target_logits(model: Any, ids: Any, labels: Any) -> tuple[Any, Any]:
     shared = int(alike.cumprod(0).sum()) - 1
     cache = None
     # A state of linear attention cannot be handed on with its gradient, and a recomputed layer keeps no cache.
-    if len(ids) > 1 and shared > 0 and kinds == {"full_attention"} and not model.is_gradient_checkpointing:
+    if len(ids) > 1 and shared > 0 and kinds == {"full_attention"} and not model.is_activation_checkpointing:
         cache = decoder(input_ids=ids[:1, :shared], use_cache=True).past_key_values
         cache.batch_repeat_interleave(len(ids))
         ids, labels = ids[:, shared:], labels[:, shared:]
@@ -348,35 +348,48 @@ def target_logits(model: Any, ids: Any, labels: Any) -> tuple[Any, Any]:
     return logits.float(), labels[:, 1:][wanted]
 
 
-def save_state(path: Path, model: Any, optimizers: Sequence[Any], **progress: Any) -> None:
-    """Keep all that a run needs to go on after a kill; the file before it stays whole until this one is."""
-    import torch
+@dataclass(frozen=True)
+class State:
+    """Where a run keeps what it needs to go on after a kill, and of which run it is: recipe, parent, data."""
 
-    partial = path.with_suffix(".partial")
-    values = [optimizer.state_dict() for optimizer in optimizers]
-    learned = {name: value for name, value in model.named_parameters() if value.requires_grad}
-    torch.save({"model": learned, "optimizers": values, **progress}, partial)
-    os.replace(partial, path)
+    path: Path
+    run: str = ""
 
+    def save(self, model: Any, optimizers: Sequence[Any], **progress: Any) -> None:
+        """Keep it; the file before it stays whole until this one is."""
+        import torch
 
-def load_state(path: Path, model: Any, optimizers: Sequence[Any]) -> dict[str, Any]:
-    """Put a run back where it was, and return its progress; empty when there is nothing to go on with."""
-    import torch
+        partial = self.path.with_suffix(".partial")
+        values = [optimizer.state_dict() for optimizer in optimizers]
+        learned = {name: value for name, value in model.named_parameters() if value.requires_grad}
+        torch.save({"run": self.run, "model": learned, "optimizers": values, **progress}, partial)
+        os.replace(partial, self.path)
 
-    if not path.is_file():
-        return {}
-    saved: dict[str, Any] = torch.load(path, map_location=model.device, weights_only=True)
-    model.load_state_dict(saved["model"], strict=False)
-    for optimizer, values in zip(optimizers, saved["optimizers"], strict=True):
-        optimizer.load_state_dict(values)
-    return saved
+    def load(self, model: Any, optimizers: Sequence[Any]) -> dict[str, Any]:
+        """Put a run back where it was, and return its progress; empty when there is nothing to go on with.
+
+        Raises TrainingError when the state is of another run.
+        """
+        import torch
+
+        if not self.path.is_file():
+            return {}
+        saved: dict[str, Any] = torch.load(self.path, map_location=model.device, weights_only=True)
+        if saved.get("run") != self.run:
+            raise TrainingError(
+                f"{self.path} is of a run with another recipe, parent or data: remove it, or give another --name"
+            )
+        model.load_state_dict(saved["model"], strict=False)
+        for optimizer, values in zip(optimizers, saved["optimizers"], strict=True):
+            optimizer.load_state_dict(values)
+        return saved
 
 
 def fit_model(
     model: Any,
     batches_of_steps: Iterator[Sequence[list[Rendered]]],
     fit: Fit,
-    state: Path,
+    state: State,
     evaluate: Callable[[], dict[str, float]] | None = None,
     evaluations: int = 0,
 ) -> list[dict[str, float]]:
@@ -391,7 +404,7 @@ def fit_model(
     curve: list[dict[str, float]] = []
     seen = steps = 0
     spent = 0.0
-    if saved := load_state(state, model, optimizers):
+    if saved := state.load(model, optimizers):
         seen, steps, spent, curve = saved["seen"], saved["steps"], saved["spent"], saved["curve"]
     for _ in range(steps):
         next(batches_of_steps)
@@ -400,7 +413,7 @@ def fit_model(
 
     def save() -> None:
         now = spent + time.monotonic() - started
-        save_state(state, model, optimizers, seen=seen, steps=steps, spent=now, curve=curve)
+        state.save(model, optimizers, seen=seen, steps=steps, spent=now, curve=curve)
 
     while seen < fit.tokens:
         losses = []

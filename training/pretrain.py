@@ -7,7 +7,7 @@ what is good.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,19 +24,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--traces", type=Path, default=data.TRACES, help="what `pocket train data` made")
     options = parser.parse_args(argv)
 
-    import torch
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
-    if options.threads:
-        torch.set_num_threads(options.threads)
     chosen = recipe.load(options.recipe)
     if chosen.scratch is None:
         raise recipe.RecipeError(
             f"recipe {chosen.name} has no [pretrain]: it begins with weights from elsewhere"
         )
     plan, shape = chosen.scratch.pretrain, chosen.scratch.model
-    checkpoint.origin()
-    torch.manual_seed(plan.seed)
+    stage.begin(options, plan.seed)
     traces = data.read(options.traces)
     words = tokenizer.build(traces, chosen.scratch.vocabulary)
     config = Qwen3Config(
@@ -51,12 +47,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     model: Any = Qwen3ForCausalLM(config)
     model.to(pick_device(None))
     steps = fit.steps(words, traces, tokenizer.sources(), plan, everything=True)
-    options.out.mkdir(parents=True, exist_ok=True)
+    known = facts(chosen, options.traces, plan)
     curve = fit.fit_model(
         model,
         steps,
         plan,
-        options.out / f"{options.name}.state",
+        stage.state(options, known["recipe_sha256"], known["data_sha256"]),
         lambda: on_dev(model, words),
         options.evaluations,
     )
@@ -68,24 +64,27 @@ def main(argv: Sequence[str] | None = None) -> None:
         stage="base",
         parent=None,
         description="tiny Qwen3, trained from scratch on agentic traces and Python source, without system prompts",
-        facts=facts(chosen, options.traces, plan, curve),
+        facts={**known, **spent(curve)},
         curve=curve,
     )
 
 
-def facts(
-    chosen: recipe.Recipe, traces: Path, plan: recipe.Fit, curve: Sequence[dict[str, float]]
-) -> dict[str, object]:
-    """What a manifest says of a run: recipe, data, seed, tokens, minutes."""
+def facts(chosen: recipe.Recipe, traces: Path, plan: recipe.Fit) -> dict[str, Any]:
+    """What a manifest says of where a run comes from: recipe, data, seeds."""
     return {
         "recipe": chosen.name,
         "recipe_sha256": checkpoint.recipe_hash(chosen, plan),
         "data_sha256": file_hash(traces),
         "seed": plan.seed,
         "data_seed": chosen.data.seed,
-        "tokens": int(curve[-1]["tokens"]) if curve else 0,
-        "minutes": round(curve[-1]["minutes"], 1) if curve else 0.0,
     }
+
+
+def spent(curve: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """And of what it took."""
+    if not curve:
+        return {"tokens": 0, "minutes": 0.0}
+    return {"tokens": int(curve[-1]["tokens"]), "minutes": round(curve[-1]["minutes"], 1)}
 
 
 if __name__ == "__main__":

@@ -18,7 +18,6 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from pytest_pocket import sandbox, task_list
@@ -208,7 +207,7 @@ def learn(
     model: Any,
     tokenizer: Any,
     plan: RL,
-    state: Path,
+    state: fit.State,
     evaluate: Callable[[], Mapping[str, float]] | None = None,
     evaluations: int = 0,
 ) -> list[dict[str, float]]:
@@ -217,7 +216,7 @@ def learn(
     reference = copy.deepcopy(model).eval() if plan.kl else None
     curve: list[dict[str, float]] = []
     step, spent = 0, 0.0
-    if saved := fit.load_state(state, model, optimizers):
+    if saved := state.load(model, optimizers):
         step, spent, curve = saved["step"], saved["spent"], saved["curve"]
     model.eval()
     workshop = Workshop(sandbox.select("auto"))
@@ -237,7 +236,7 @@ def learn(
             if evaluate and fit.due((step - 1) / plan.steps, step / plan.steps, evaluations):
                 point |= evaluate()
             fit.note(curve, point)
-            fit.save_state(state, model, optimizers, step=step, spent=seconds, curve=curve)
+            state.save(model, optimizers, step=step, spent=seconds, curve=curve)
     finally:
         backend.close()
     return curve
@@ -257,23 +256,15 @@ def told(groups: Sequence[Sequence[Episode]]) -> dict[str, float]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Train a model by reinforcement learning on the tasks."""
-    parser = stage.arguments("rlvr", __doc__)
-    parser.add_argument(
-        "--from", dest="parent", default="sft-run6", help="a registered model or a checkpoint directory"
-    )
-    parser.add_argument("--name", required=True)
+    parser = stage.arguments("rlvr", __doc__, parent="sft-run6")
     options = parser.parse_args(argv)
 
-    import torch
-
-    if options.threads:
-        torch.set_num_threads(options.threads)
     chosen = recipe.load(options.recipe)
     plan = chosen.rlvr
-    torch.manual_seed(plan.seed)
+    stage.begin(options, plan.seed)
     parent, model, words = checkpoint.load(options.parent, chosen.weights)
-    options.out.mkdir(parents=True, exist_ok=True)
-    state = options.out / f"{options.name}.state"
+    recipe_sha256 = checkpoint.recipe_hash(chosen, plan)
+    state = stage.state(options, recipe_sha256, parent.digest)
     curve = learn(model, words, plan, state, lambda: on_dev(model, words), options.evaluations)
     checkpoint.save(
         options.out / options.name,
@@ -285,7 +276,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         description="reinforcement learning with verifiable rewards on the training split of the tasks",
         facts={
             "recipe": chosen.name,
-            "recipe_sha256": checkpoint.recipe_hash(chosen, plan),
+            "recipe_sha256": recipe_sha256,
             "seed": plan.seed,
             "tokens": int(sum(point["tokens"] for point in curve)),
             "minutes": round(curve[-1]["minutes"], 1) if curve else 0.0,

@@ -11,35 +11,27 @@ from pathlib import Path
 
 from pytest_pocket.training import checkpoint, data, fit, recipe, stage
 from pytest_pocket.training.evaluate import on_dev
-from pytest_pocket.training.pretrain import facts
+from pytest_pocket.training.pretrain import facts, spent
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Fine-tune a model on traces."""
-    parser = stage.arguments("sft", __doc__)
-    parser.add_argument(
-        "--from", dest="parent", default="base", help="a registered model or a checkpoint directory"
-    )
-    parser.add_argument("--name", required=True)
+    parser = stage.arguments("sft", __doc__, parent="base")
     parser.add_argument("--traces", type=Path, default=data.TRACES, help="what `pocket train data` made")
     options = parser.parse_args(argv)
 
-    import torch
-
-    if options.threads:
-        torch.set_num_threads(options.threads)
     chosen = recipe.load(options.recipe)
-    torch.manual_seed(chosen.sft.seed)
+    stage.begin(options, chosen.sft.seed)
     parent, model, words = checkpoint.load(options.parent, chosen.weights)
     traces = data.read(options.traces)
     fit.prove_masks(words, traces, chosen.sft)
     steps = fit.steps(words, traces, (), chosen.sft, everything=False)
-    options.out.mkdir(parents=True, exist_ok=True)
+    known = facts(chosen, options.traces, chosen.sft)
     curve = fit.fit_model(
         model,
         steps,
         chosen.sft,
-        options.out / f"{options.name}.state",
+        stage.state(options, known["recipe_sha256"], parent.digest, known["data_sha256"]),
         lambda: on_dev(model, words),
         options.evaluations,
     )
@@ -51,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         stage="sft",
         parent=parent,
         description="supervised fine-tuning on validated oracle traces, raw and with system prompts",
-        facts=facts(chosen, options.traces, chosen.sft, curve),
+        facts={**known, **spent(curve)},
         curve=curve,
     )
 

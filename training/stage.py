@@ -9,10 +9,11 @@ from pathlib import Path
 
 from pytest_pocket.export import ExportError
 from pytest_pocket.records import RecordsError
-from pytest_pocket.registry import ModelError
+from pytest_pocket.registry import ModelError, sha256_json
 from pytest_pocket.sandbox import SandboxUnavailable
+from pytest_pocket.training import checkpoint
 from pytest_pocket.training.data import DataError
-from pytest_pocket.training.fit import TrainingError
+from pytest_pocket.training.fit import State, TrainingError
 from pytest_pocket.training.recipe import RecipeError
 
 EXPECTED = (DataError, ExportError, ModelError, RecipeError, RecordsError, SandboxUnavailable, TrainingError)
@@ -20,14 +21,38 @@ USAGE = 2
 Main = Callable[[Sequence[str] | None], None]
 
 
-def arguments(name: str, description: str | None) -> argparse.ArgumentParser:
-    """The options that every stage that makes a checkpoint has."""
+def arguments(name: str, description: str | None, *, parent: str = "") -> argparse.ArgumentParser:
+    """The options that every stage that makes a checkpoint has; with a ``parent``, those of one that has one."""
     parser = argparse.ArgumentParser(prog=f"pocket train {name}", description=description)
     parser.add_argument("--recipe", default="tiny", help="a name that ships, or the path of a TOML file")
     parser.add_argument("--out", type=Path, default=Path(".pocket/checkpoints"), help="where checkpoints go")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0 leaves torch's choice")
     parser.add_argument("--evaluations", type=int, default=0, help="dev evaluations along the way")
+    if parent:
+        parser.add_argument(
+            "--from",
+            dest="parent",
+            default=parent,
+            help="a registered model, a checkpoint directory, or hf:PATH",
+        )
+        parser.add_argument("--name", required=True, help="of the checkpoint")
     return parser
+
+
+def begin(options: argparse.Namespace, seed: int) -> None:
+    """Set threads and seed, note the commit, make the folder for checkpoints."""
+    import torch
+
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    torch.manual_seed(seed)
+    checkpoint.origin()
+    options.out.mkdir(parents=True, exist_ok=True)
+
+
+def state(options: argparse.Namespace, recipe_sha256: str, *origins: str) -> State:
+    """Where a run keeps its state, known by its recipe and the digests of what it comes from."""
+    return State(options.out / f"{options.name}.state", sha256_json([recipe_sha256, *origins]))
 
 
 def run(main: Main, argv: Sequence[str] | None = None) -> None:
