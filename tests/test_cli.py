@@ -115,7 +115,7 @@ def test_a_trace_is_readable_and_harmless(run: Path) -> None:
     ("arguments", "said"),
     [
         (("show", "nowhere"), "pocket: nowhere holds no run.json"),
-        (("train", "fly"), "unknown training stage 'fly': choose from data, tokenizer, pretrain, sft"),
+        (("train", "fly"), "unknown training stage 'fly': choose from data, pretrain, sft, dpo, rlvr"),
         (("train",), "unknown training stage ''"),
         (("lisst",), "No such command"),
         (("schema", "table"), "unknown schema 'table': choose from run, episode"),

@@ -210,6 +210,19 @@ def test_a_trained_policy_is_a_model_of_the_suite(tmp_path: Path, capsys: pytest
     assert shares == pytest.approx([1.0, 1.0], abs=1e-3)
 
 
+def test_tasks_whose_groups_had_variance_are_drawn_more_often() -> None:
+    tally = rlvr.Tally()
+    assert tally.weights(0.7) == pytest.approx([1 / 19] * 19)
+    mixed = [attempted(1.0, ([1], [2])), attempted(0.0, ([1], [2]))]
+    tally.add([mixed] * 8)
+    weights = dict(zip(tally.counts, tally.weights(0.5), strict=True))
+    assert sum(weights.values()) == pytest.approx(1.0)
+    assert weights["read_value"] == max(weights.values()) > 1 / 19
+    assert min(weights.values()) > 0.5 / 19  # no task is left
+    assert tally.weights(0.0) == pytest.approx([1 / 19] * 19)
+    assert rlvr.Tally(tally.counts).weights(0.5) == tally.weights(0.5)
+
+
 def test_instances_are_drawn_apart_from_those_of_the_traces() -> None:
     seeds = {rlvr.drawn("read_value", random.Random(n)).seed for n in range(20)}
     assert len(seeds) == 20

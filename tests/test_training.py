@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from pytest_pocket import records, sandbox, task_list
 from pytest_pocket.conditions import SYSTEM_PROMPTS
 from pytest_pocket.episode import Workshop, play
-from pytest_pocket.registry import MANIFEST, ModelError, read_manifest, shipped
+from pytest_pocket.registry import MANIFEST, ModelError, Registry, read_manifest, shipped
 from pytest_pocket.task import instance_seed
 from pytest_pocket.training import checkpoint, data, fit, recipe, tokenizer
 from pytest_pocket.training.recipe import Fit, RecipeError
@@ -209,6 +209,8 @@ def test_missing_traces_say_how_to_make_them(tmp_path: Path) -> None:
         (("[sft]", "[sfd]"), "unknown tables: sfd"),
         (("raw = 0.5", "rough = 0.5"), "unknown prompt 'rough'"),
         (("[sft]", "[sft"), "is not TOML"),
+        (("[data]", '[weights]\ndtype = "int3"\n\n[data]'), "dtype 'int3': choose from float32, bfloat16"),
+        (('"score"', '"drop"'), "overlong 'drop': choose from score, mask"),
     ],
 )
 def test_a_wrong_recipe_says_what_is_wrong(change: tuple[str, str], message: str, tmp_path: Path) -> None:
@@ -217,7 +219,7 @@ def test_a_wrong_recipe_says_what_is_wrong(change: tuple[str, str], message: str
     path.write_text(text.replace(*change))
     with pytest.raises(RecipeError, match=message):
         recipe.load(str(path))
-    with pytest.raises(RecipeError, match="choose from smoke, tiny"):
+    with pytest.raises(RecipeError, match=r"choose from qwen3\.5-0\.8b-16gb, smoke, tiny"):
         recipe.load("huge")
 
 
@@ -332,8 +334,10 @@ def test_a_loss_that_is_not_a_number_stops_the_run(
 @pytest.fixture
 def saved(words: Any, tmp_path: Path) -> Path:
     directory = tmp_path / "mine"
+    curve = [{"tokens": 100, "loss": 2.0, "minutes": 0.1}, {"tokens": 200, "loss": 1.0, "dev_raw_pass": 0.5}]
     checkpoint.save(
-        directory, tiny(words), words, name="mine", stage="sft", parent="base", description="", facts={}, curve=[]
+        directory, tiny(words), words, name="mine", stage="sft", parent=Registry().resolve("base"),
+        description="", facts={}, curve=curve,
     )  # fmt: skip
     return directory
 
@@ -342,6 +346,8 @@ def test_a_checkpoint_is_a_model_of_the_suite(saved: Path) -> None:
     model = read_manifest(saved)
     assert (model.name, model.backend, model.parent, model.stage) == ("mine", "hf", "base", "sft")
     assert sorted(saved.parent.iterdir()) == [saved]
+    assert len(json.loads((saved / "curve.json").read_text())) == 2
+    assert (saved / "curve.png").read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize("key", ["suite", "tools_sha256", "template_sha256"])

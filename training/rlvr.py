@@ -44,14 +44,36 @@ class Sample:
     advantage: float
 
 
-def rollouts(plan: RL, step: int, backend: Backend, workshop: Workshop) -> list[list[Episode]]:
+class Tally:
+    """How many groups of each task there were, and how many of them had variance: where there is something to learn."""
+
+    def __init__(self, counts: Mapping[str, Sequence[int]] = {}) -> None:
+        self.counts = {name: list(counts.get(name, (0, 0))) for name in task_list.shipped()}
+
+    def add(self, groups: Sequence[Sequence[Episode]]) -> None:
+        """Count the groups of a step."""
+        for group in groups:
+            count = self.counts[group[0].instance.task]
+            count[0] += len({episode.reward for episode in group if not episode.invalid}) > 1
+            count[1] += 1
+
+    def weights(self, focus: float) -> list[float]:
+        """For each task the chance to be drawn: a share ``focus`` of all by variance, the rest evenly."""
+        rates = [(mixed + 1) / (groups + 2) for mixed, groups in self.counts.values()]
+        return [(1 - focus) / len(rates) + focus * rate / sum(rates) for rate in rates]
+
+
+def rollouts(
+    plan: RL, step: int, backend: Backend, workshop: Workshop, tally: Tally | None = None
+) -> list[list[Episode]]:
     """The groups of a step: attempts at one instance under one condition, a list for each."""
     choice = random.Random(f"{plan.seed}:{step}")
     tasks = list(task_list.shipped().values())
+    weights = (tally or Tally()).weights(plan.focus)
     prompts, shares = zip(*plan.prompts.items(), strict=True)
     groups = []
     for _ in range(plan.instances):
-        task = choice.choice(tasks)
+        task = choice.choices(tasks, weights)[0]
         instance = drawn(task.name, choice)
         condition = Condition(
             choice.choices(prompts, shares)[0], choice.random() < plan.think, plan.temperature
@@ -162,9 +184,18 @@ def policy_loss(new: Any, old: Any, advantages: Any, plan: RL) -> tuple[Any, Any
 
 
 def update(
-    model: Any, reference: Any, optimizers: Sequence[Any], found: Sequence[Sample], plan: RL, seed: str
+    model: Any,
+    reference: Any,
+    optimizers: Sequence[Any],
+    found: Sequence[Sample],
+    plan: RL,
+    seed: str,
+    factor: float = 1.0,
 ) -> dict[str, float]:
-    """Learn from a step's samples.  Raises TrainingError at a loss that is not a number, before it does harm."""
+    """Learn from a step's samples, at ``factor`` times the learning rates.
+
+    Raises TrainingError at a loss that is not a number, before it does harm.
+    """
     import torch
 
     order = random.Random(seed).sample(found, len(found))
@@ -198,7 +229,7 @@ def update(
             loss.backward()
             sums["cut"] += int(cut.sum())
         if mine:
-            fit.descend(model, optimizers)
+            fit.descend(model, optimizers, factor)
     tokens = max(1, sums["tokens"])
     return {"entropy": sums["entropy"] / tokens, "kl": sums["kl"] / tokens, "clipped": sums["cut"] / tokens}
 
@@ -218,6 +249,7 @@ def learn(
     step, spent = 0, 0.0
     if saved := state.load(model, optimizers):
         step, spent, curve = saved["step"], saved["spent"], saved["curve"]
+    tally = Tally(saved.get("tally", {}))
     model.eval()
     workshop = Workshop(sandbox.select("auto"))
     backend = HFBackend.around(model, tokenizer)
@@ -225,18 +257,20 @@ def learn(
     try:
         while step < plan.steps:
             backend.weights_changed()
-            groups = rollouts(plan, step, backend, workshop)
+            groups = rollouts(plan, step, backend, workshop, tally)
+            tally.add(groups)
             found, counts = samples(groups, plan)
-            learned = (
-                update(model, reference, optimizers, found, plan, f"{plan.seed}:{step}") if found else {}
-            )
+            learned = {}
+            if found:
+                factor = fit.schedule(step / plan.steps)
+                learned = update(model, reference, optimizers, found, plan, f"{plan.seed}:{step}", factor)
             step += 1
             seconds = spent + time.monotonic() - started
             point = {"step": step, **told(groups), **counts, **learned, "minutes": seconds / 60}
             if evaluate and fit.due((step - 1) / plan.steps, step / plan.steps, evaluations):
                 point |= evaluate()
             fit.note(curve, point)
-            state.save(model, optimizers, step=step, spent=seconds, curve=curve)
+            state.save(model, optimizers, step=step, spent=seconds, curve=curve, tally=tally.counts)
     finally:
         backend.close()
     return curve
