@@ -12,16 +12,36 @@ import json
 import re
 import tomllib
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from pytest_pocket import tools
+from pytest_pocket import parsing, tools
 from pytest_pocket.chat import Backend
 from pytest_pocket.task import SUITE_VERSION
 
 MANIFEST = "pocket.json"
+PARSER_PROBES = (
+    "",
+    "Done.\n",
+    "a thought</think>\n\nDone.",
+    "<think>a</think>b<think>c",
+    "<tool_call><function=Read><parameter=file_path>\na.txt\n</parameter></function></tool_call>",
+    "first\n<tool_call>\n<function=Read>\n<parameter=file_path>\n\na\n\n</parameter>\n</function>\n</tool_call>\nthen",
+    "<function=Read><parameter=file_path>a</parameter><parameter=limit>3</parameter></function>",
+    "<function=Read><parameter=limit>many</parameter></function>",
+    "<function=Read></function><function=Glob><parameter=pattern>*</parameter></function>",
+    "<function=Nothing><parameter=a>b</parameter></function>",
+    "<tool_call><function=Read><parameter=file_path>a",
+    "<tool_call></tool_call>",
+    '<tool_call>{"name": "Read", "arguments": {"file_path": "a"}}</tool_call>',
+    '<tool_call>{"name": "Read", "arguments": "a"}</tool_call>',
+    '<tool_call>{"name": "Read"}</tool_call>',
+    '<tool_call>{"name": </tool_call>',
+    '{"name": "Read", "arguments": {"file_path": "a"}}',
+)
+"""A parser that reads one of them otherwise is another parser for a model that was trained on the first."""
 Factory = Callable[["Model"], Backend]
 
 
@@ -63,6 +83,22 @@ def tools_hash() -> str:
     return sha256_json(tools.SCHEMAS)
 
 
+def tool_hashes() -> dict[str, str]:
+    """The hash of each tool's schema: they say which one differs."""
+    return {schema["function"]["name"]: sha256_json(schema) for schema in tools.SCHEMAS}
+
+
+def parser_hash() -> str:
+    """The hash of what the parser makes of some replies, well-formed and not: of what it does, not of its source."""
+    return sha256_json(
+        [
+            asdict(parsing.parse(text, thinking_open=thinking, schemas=tools.SCHEMAS))
+            for text in PARSER_PROBES
+            for thinking in (False, True)
+        ]
+    )
+
+
 def file_hash(path: Path) -> str:
     """The sha256 of a file's bytes."""
     with path.open("rb") as file:
@@ -81,11 +117,19 @@ def read_manifest(directory: Path) -> Model:
             "suite": manifest["suite"],
             "tools": manifest["tools_sha256"],
             "template": manifest["template_sha256"],
+            "parser": manifest.get("parser_sha256", "unpinned"),
         }
+        known_tools: dict[str, str] = manifest.get("tools", {})
         adapter_of = manifest.get("adapter_of", "")
         if not all(
             isinstance(value, str)
-            for value in (name, stage, parent, adapter_of, *pinned.values(), *files.values())
+            for value in (
+                name,
+                stage,
+                parent,
+                adapter_of,
+                *(*pinned.values(), *files.values(), *known_tools.values()),
+            )
         ):
             raise TypeError("every value must be a string")
     except FileNotFoundError:
@@ -106,12 +150,16 @@ def read_manifest(directory: Path) -> Model:
         "suite": SUITE_VERSION,
         "tools": tools_hash(),
         "template": file_hash(template) if template.is_file() else "no chat_template.jinja",
+        "parser": parser_hash() if "parser_sha256" in manifest else "unpinned",
     }
     if different := [
         f"{key} {pinned[key][:12]} (here {actual[key][:12]})" for key in pinned if pinned[key] != actual[key]
     ]:
+        here = tool_hashes() if known_tools else {}
+        changed = [key for key in sorted(known_tools.keys() | here) if known_tools.get(key) != here.get(key)]
+        told = f" (schemas that differ: {', '.join(changed)})" if changed else ""
         raise ModelError(
-            f"checkpoint {name!r} in {directory} was made for another suite: {', '.join(different)}; "
+            f"checkpoint {name!r} in {directory} was made for another suite: {', '.join(different)}{told}; "
             "train it again, or run it unpinned as hf:PATH"
         )
     target, adapter = str(directory), ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +81,13 @@ def test_an_adapter_without_its_base_is_one_clear_line(tmp_path: Path) -> None:
         ({"files": {"gone.safetensors": "0"}}, "fetch the checkpoint again"),
         ({"suite": "0"}, "made for another suite: suite 0"),
         ({"tools_sha256": "0" * 64}, "made for another suite: tools"),
+        (
+            {"tools_sha256": "0" * 64, "tools": {**registry.tool_hashes(), "Read": "0", "Fly": "1"}},
+            r"tools 000000000000 \(here .*\) \(schemas that differ: Fly, Read\)",
+        ),
+        ({"tools": ["Read"]}, "AttributeError"),
         ({"template_sha256": "0" * 64}, "made for another suite: template"),
+        ({"parser_sha256": "0" * 64}, "made for another suite: parser 000000000000"),
     ],
 )
 def test_a_broken_or_foreign_manifest_is_one_clear_line(
@@ -89,6 +96,13 @@ def test_a_broken_or_foreign_manifest_is_one_clear_line(
     with pytest.raises(ModelError, match=said) as caught:
         registry.read_manifest(checkpoint(tmp_path / "mine", **changes))
     assert "\n" not in str(caught.value)
+
+
+def test_a_parser_that_reads_a_call_otherwise_is_another_parser(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = registry.parser_hash()
+    assert before == registry.parser_hash()
+    monkeypatch.setattr("pytest_pocket.parsing._FUNCTION", re.compile(r"<function:([^<>\n]+)>"))
+    assert registry.parser_hash() != before
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "null", "\udcff", '"text"'])

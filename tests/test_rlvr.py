@@ -43,10 +43,6 @@ def attempted(reward: float, *turns: tuple[Sequence[int], Sequence[int]], **chan
     return replace(episode, **changes)
 
 
-def turns_of(episode: Episode) -> list[tuple[list[int], list[int]]]:
-    return [(list(reply.prompt_ids), list(reply.completion_ids)) for reply in episode.replies]
-
-
 @pytest.fixture
 def model(tmp_path: Path) -> Any:
     return AutoModelForCausalLM.from_pretrained(make_qwen3(tmp_path / "model"), dtype=torch.float32)
@@ -54,7 +50,7 @@ def model(tmp_path: Path) -> Any:
 
 def test_an_episode_is_one_text_whose_targets_are_what_was_sampled() -> None:
     episode = attempted(1.0, ([1, 2], [3, 4]), ([1, 2, 3, 4, 9], [5]), ([1, 2, 3, 4, 9, 5, 8], [6, 7]))
-    (text,) = rlvr.sequences(turns_of(episode), "raw")
+    (text,) = rlvr.sequences(rlvr.turns_of(episode), "raw")
     assert text.ids == [1, 2, 3, 4, 9, 5, 8, 6, 7]
     assert text.targets == [0, 0, 1, 1, 0, 1, 0, 1, 1]
 
@@ -81,7 +77,7 @@ def test_a_rollout_of_a_real_engine_is_learned_as_it_was_sampled(tmp_path: Path)
         assert len({episode.instance.seed for episode in group}) == 1
         assert {split_of(episode.instance.seed) for episode in group} == {"train"}
         for episode in group:
-            texts = rlvr.sequences(turns_of(episode), "raw")
+            texts = rlvr.sequences(rlvr.turns_of(episode), "raw")
             assert len(texts) == 1  # prompts only grow
             assert sum(texts[0].targets) == episode.completion_tokens
     assert len({repr(episode.messages) for episode in groups[0]}) > 1  # samples of one instance differ
@@ -173,6 +169,26 @@ def test_what_did_better_becomes_likelier_and_what_did_worse_less(model: Any, kl
     assert after[1] < before[1]
     assert facts["entropy"] > 0
     assert facts["kl"] == pytest.approx(0.0, abs=1e-6)  # the first step starts at the reference
+
+
+def test_what_is_learned_is_what_was_sampled_or_the_run_stops(tmp_path: Path) -> None:
+    """Played for real; then with one id exchanged, as tokenising anew might."""
+    path = make_qwen3(tmp_path / "model")
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    backend = HFBackend.around(model, AutoTokenizer.from_pretrained(path))
+    groups = rlvr.rollouts(replace(PLAN, instances=2, group=2), 0, backend, Workshop(sandbox.select("auto")))
+    backend.close()
+    assert rlvr.prove_rollouts(model, groups) < 1e-3
+
+    def exchanged(reply: ChatReply) -> ChatReply:
+        return replace(reply, completion_ids=tuple((token + 1) % 200 for token in reply.completion_ids))
+
+    drifted = [
+        [replace(each, replies=tuple(map(exchanged, each.replies))) for each in group] for group in groups
+    ]
+    model.get_output_embeddings().weight.data.mul_(30)  # random weights give all tokens about the same chance
+    with pytest.raises(TrainingError, match=r"differ from the trainer's by .* nats a token"):
+        rlvr.prove_rollouts(model, drifted)
 
 
 def test_a_loss_that_is_not_a_number_changes_no_weight(model: Any) -> None:

@@ -16,10 +16,19 @@ from pathlib import Path
 from typing import Any
 
 from pytest_pocket import records
-from pytest_pocket.backends.hf import pick_device
-from pytest_pocket.registry import MANIFEST, Model, ModelError, Registry, file_hash, sha256_json, tools_hash
+from pytest_pocket.registry import (
+    MANIFEST,
+    Model,
+    ModelError,
+    Registry,
+    file_hash,
+    parser_hash,
+    sha256_json,
+    tool_hashes,
+    tools_hash,
+)
 from pytest_pocket.task import SUITE_VERSION
-from pytest_pocket.training import plot
+from pytest_pocket.training import plot, world
 from pytest_pocket.training.recipe import RL, Fit, Preference, Recipe, Weights
 
 
@@ -39,6 +48,8 @@ def save(
     at all."""
     import torch
 
+    if not world.is_first():
+        return
     partial = directory.with_name(f".{directory.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -56,6 +67,8 @@ def save(
         "description": description,
         "suite": SUITE_VERSION,
         "tools_sha256": tools_hash(),
+        "tools": tool_hashes(),
+        "parser_sha256": parser_hash(),
         "template_sha256": file_hash(partial / "chat_template.jinja"),
         "files": {path.name: file_hash(path) for path in sorted(partial.iterdir())},
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
@@ -120,7 +133,7 @@ def load(name: str, weights: Weights) -> tuple[Model, Any, Any]:
         )
     except (OSError, ValueError) as error:
         raise ModelError(f"cannot load {found.target}: {str(error).splitlines()[0]}") from error
-    model.to(pick_device(None))
+    model.to(world.device())
     if found.adapter:
         model.load_adapter(found.adapter, is_trainable=True)
     elif weights.rank:

@@ -14,16 +14,17 @@ import random
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pytest_pocket import export, records
 from pytest_pocket.registry import file_hash
-from pytest_pocket.training import checkpoint, fit, recipe, stage
+from pytest_pocket.training import checkpoint, fit, recipe, stage, world
 from pytest_pocket.training.evaluate import on_dev
 from pytest_pocket.training.fit import Rendered, TrainingError
+from pytest_pocket.training.journal import Journal
 from pytest_pocket.training.recipe import Preference
 from pytest_pocket.training.rlvr import sequences
 
@@ -92,8 +93,8 @@ def logprobs(model: Any, episodes: Sequence[Sequence[Rendered]]) -> tuple[Any, A
     return sums, counts.to(each.device)
 
 
-def preference_loss(policy: Any, reference: Any, counts: Any, plan: Preference) -> tuple[Any, Any]:
-    """The loss of a batch, and of each pair the margin in nats by which the better one gained on the worse.
+def preference_losses(policy: Any, reference: Any, counts: Any, plan: Preference) -> tuple[Any, Any]:
+    """Of each pair the loss, and the margin in nats by which the better one gained on the worse.
 
     Log-probabilities and counts of the better texts, then of the worse ones: shape [2 x pairs].
     """
@@ -102,7 +103,7 @@ def preference_loss(policy: Any, reference: Any, counts: Any, plan: Preference) 
     better, worse = (policy - reference).chunk(2)
     margin = better - worse
     likelihood = (policy / counts).chunk(2)[0]
-    return (-logsigmoid(plan.beta * margin) - plan.sft * likelihood).mean(), margin
+    return -logsigmoid(plan.beta * margin) - plan.sft * likelihood, margin
 
 
 def learn(
@@ -110,8 +111,9 @@ def learn(
     found: Sequence[Pair],
     plan: Preference,
     state: fit.State,
-    evaluate: Callable[[], Mapping[str, float]] | None = None,
+    evaluate: fit.Evaluate | None = None,
     evaluations: int = 0,
+    journal: Journal | None = None,
 ) -> list[dict[str, float]]:
     """Learn from the pairs; resumes from ``state`` if it is there.  Returns the curve.
 
@@ -122,38 +124,40 @@ def learn(
     steps = list(batches(found, plan))
     optimizers = fit.optimizers_of(model, plan.muon_lr, plan.adam_lr)
     reference = copy.deepcopy(model).eval()
-    curve: list[dict[str, float]] = []
-    done, spent = 0, 0.0
-    if saved := state.load(model, optimizers):
-        done, spent, curve = saved["step"], saved["spent"], saved["curve"]
+    journal = journal or Journal()
+    saved = state.load(model, optimizers)
+    done = saved.get("step", 0)
     model.eval()
-    started = last_save = time.monotonic()
-    while done < len(steps):
-        batch = steps[done]
-        episodes = [pair.better for pair in batch] + [pair.worse for pair in batch]
-        with torch.no_grad():
-            known, _ = logprobs(reference, episodes)
-        policy, counts = logprobs(model, episodes)
-        loss, margin = preference_loss(policy, known, counts, plan)
-        fit.check_finite(loss.item())
-        loss.backward()
-        fit.descend(model, optimizers, fit.schedule(done / len(steps)))
-        done += 1
-        point = {
-            "step": done,
-            "loss": loss.item(),
-            "margin": margin.mean().item(),
-            "preferred": (margin > 0).float().mean().item(),
-            "minutes": (spent + time.monotonic() - started) / 60,
-        }
-        if evaluate and fit.due((done - 1) / len(steps), done / len(steps), evaluations):
-            point |= evaluate()
-        fit.note(curve, point)
-        if done == len(steps) or time.monotonic() - last_save > fit.SAVE_SECONDS:
-            seconds = spent + time.monotonic() - started
-            state.save(model, optimizers, step=done, spent=seconds, curve=curve)
-            last_save = time.monotonic()
-    return curve
+    last_save = time.monotonic()
+    with journal.open(saved):
+        while done < len(steps):
+            told = {"loss": 0.0, "margin": 0.0, "preferred": 0.0}
+            if batch := list(world.share(steps[done])):
+                episodes = [pair.better for pair in batch] + [pair.worse for pair in batch]
+                with torch.no_grad():
+                    known, _ = logprobs(reference, episodes)
+                policy, counts = logprobs(model, episodes)
+                losses, margin = preference_losses(policy, known, counts, plan)
+                # Of all processes' pairs each counts the same.
+                loss = losses.sum() * world.size() / len(steps[done])
+                fit.check_finite(loss.item())
+                loss.backward()
+                told = {
+                    "loss": losses.sum().item(),
+                    "margin": margin.sum().item(),
+                    "preferred": (margin > 0).float().sum().item(),
+                }
+            fit.descend(model, optimizers, fit.schedule(done / len(steps)))
+            point = {key: world.total(value) / len(steps[done]) for key, value in told.items()}
+            done += 1
+            journal.done(done / len(steps))
+            if evaluate and fit.due((done - 1) / len(steps), done / len(steps), evaluations):
+                point |= evaluate()
+            journal.note(done, {"step": done, **point})
+            if done == len(steps) or time.monotonic() - last_save > fit.SAVE_SECONDS:
+                state.save(model, optimizers, step=done, spent=journal.seconds, curve=journal.curve)
+                last_save = time.monotonic()
+    return journal.curve
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -177,7 +181,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     recipe_sha256 = checkpoint.recipe_hash(chosen, plan)
     data_sha256 = [file_hash(directory / records.EPISODES) for directory in options.run]
     state = stage.state(options, recipe_sha256, parent.digest, *data_sha256)
-    curve = learn(model, found, plan, state, lambda: on_dev(model, words), options.evaluations)
+    curve = learn(
+        model,
+        found,
+        plan,
+        state,
+        lambda: on_dev(model, words),
+        options.evaluations,
+        stage.journal(options),
+    )
     checkpoint.save(
         options.out / options.name,
         model,

@@ -12,26 +12,27 @@ import math
 import os
 import random
 import re
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from pytest_pocket.conditions import SYSTEM_PROMPTS
 from pytest_pocket.tools import SCHEMAS
+from pytest_pocket.training import world
 from pytest_pocket.training.data import Trace
+from pytest_pocket.training.journal import Journal
 from pytest_pocket.training.recipe import Fit
 from pytest_pocket.words import NOUNS
 
 IGNORED = -100
 MARKER = re.compile(r"{%-?\s*generation\s*-?%}")
+PLAIN_WORD = re.compile(r"(?<![^\s(])[A-Za-z]+(?=[.,:;!?)]*(?:\s|$))")
 WARMUP = 0.02
 DECAY = 0.3
 SAVE_SECONDS = 120.0
-Example = tuple[list[int], list[int]]
-"""Token ids, and for each whether it is a target."""
+Evaluate = Callable[[], Mapping[str, float]]
 
 
 class TrainingError(RuntimeError):
@@ -165,13 +166,40 @@ def stream(
     """Traces in random order under the recipe's conditions, without end, with plain source among them."""
     choice = random.Random(fit.seed)
     prompts, shares = zip(*fit.prompts.items(), strict=True)
+    words = _vocabulary(tokenizer) if fit.noise else []
     while True:
         for trace in choice.sample(traces, len(traces)):
             prompt = choice.choices(prompts, shares)[0]
+            trace = reworded(trace, fit.noise, words, choice)
             yield render(tokenizer, trace, prompt, choice.random() < fit.think, everything=everything)
             if plain and choice.random() < fit.text_share:
                 ids = tokenizer(choice.choice(plain), add_special_tokens=False)["input_ids"][:512]
                 yield Rendered(ids, [1] * len(ids))
+
+
+def reworded(trace: Trace, share: float, words: Sequence[str], choice: random.Random) -> Trace:
+    """The trace with a share of the request's words lost or replaced by any other: what a model leans on then is all
+    of a request, not one turn of phrase.
+
+    Words that come back later (names, paths, values) stay, and so does everything that is not a plain word.
+    """
+    if not share:
+        return trace
+    first, *rest = trace.messages
+    later = json.dumps(rest)
+
+    def changed(match: re.Match[str]) -> str:
+        word = match[0]
+        if word in later or choice.random() >= share:
+            return word
+        return choice.choice(words) if choice.random() < 0.5 else ""
+
+    content = PLAIN_WORD.sub(changed, first["content"])
+    return replace(trace, messages=({**first, "content": content}, *rest))
+
+
+def _vocabulary(tokenizer: Any) -> list[str]:
+    return sorted(token for token in tokenizer.get_vocab() if token.isascii() and token.isalnum())
 
 
 def copies(tokenizer: Any, seed: int, whole: int = 0) -> Iterator[Rendered]:
@@ -183,9 +211,7 @@ def copies(tokenizer: Any, seed: int, whole: int = 0) -> Iterator[Rendered]:
     never a target comes to be one that is never said.
     """
     choice = random.Random(seed)
-    vocabulary: list[str] = sorted(
-        token for token in tokenizer.get_vocab() if token.isascii() and token.isalnum()
-    )
+    vocabulary = _vocabulary(tokenizer)
     joints = list("/._-: `\n")
 
     def encode(text: str) -> list[int]:
@@ -271,6 +297,7 @@ def descend(model: Any, optimizers: Sequence[Any], factor: float = 1.0) -> None:
     """An optimizer step on the gradients there are, clipped to norm 1, at ``factor`` times the learning rates."""
     import torch
 
+    world.average_gradients(model)
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     for optimizer in optimizers:
         for group in optimizer.param_groups:
@@ -282,12 +309,6 @@ def descend(model: Any, optimizers: Sequence[Any], factor: float = 1.0) -> None:
 def due(before: float, after: float, evaluations: int) -> bool:
     """Whether one of so many evaluations, evenly spread, falls between two shares of a run."""
     return int(after * evaluations) > int(before * evaluations)
-
-
-def note(curve: list[dict[str, float]], point: dict[str, float]) -> None:
-    """Add a point to the curve, and print it."""
-    curve.append(point)
-    print(json.dumps({key: round(value, 4) for key, value in point.items()}), file=sys.stderr, flush=True)
 
 
 def check_finite(*losses: float) -> None:
@@ -359,6 +380,8 @@ class State:
         """Keep it; the file before it stays whole until this one is."""
         import torch
 
+        if not world.is_first():
+            return
         partial = self.path.with_suffix(".partial")
         values = [optimizer.state_dict() for optimizer in optimizers]
         learned = {name: value for name, value in model.named_parameters() if value.requires_grad}
@@ -390,8 +413,9 @@ def fit_model(
     batches_of_steps: Iterator[Sequence[list[Rendered]]],
     fit: Fit,
     state: State,
-    evaluate: Callable[[], dict[str, float]] | None = None,
+    evaluate: Evaluate | None = None,
     evaluations: int = 0,
+    journal: Journal | None = None,
 ) -> list[dict[str, float]]:
     """Train until the recipe's tokens are seen; resumes from ``state`` if it is there.  Returns the curve.
 
@@ -401,49 +425,46 @@ def fit_model(
     """
     model.train()
     optimizers = optimizers_of(model, fit.muon_lr, fit.adam_lr)
-    curve: list[dict[str, float]] = []
-    seen = steps = 0
-    spent = 0.0
-    if saved := state.load(model, optimizers):
-        seen, steps, spent, curve = saved["seen"], saved["steps"], saved["spent"], saved["curve"]
+    journal = journal or Journal()
+    saved = state.load(model, optimizers)
+    seen, steps = saved.get("seen", 0), saved.get("steps", 0)
+    mine = world.share(batches_of_steps)
     for _ in range(steps):
-        next(batches_of_steps)
-    started = last_save = time.monotonic()
+        next(mine)
+    last_save = time.monotonic()
     recent: list[float] = []
 
     def save() -> None:
-        now = spent + time.monotonic() - started
-        state.save(model, optimizers, seen=seen, steps=steps, spent=now, curve=curve)
+        state.save(model, optimizers, seen=seen, steps=steps, spent=journal.seconds, curve=journal.curve)
 
-    while seen < fit.tokens:
-        losses = []
-        before = seen
-        for batch in next(batches_of_steps):
-            ids, labels = (tensor.to(model.device) for tensor in tensors(batch))
-            loss = next_token_loss(model, ids, labels)
-            loss.backward()
-            losses.append(loss.item())
-            seen += sum(len(example.ids) for example in batch)
-        check_finite(*losses)
-        descend(model, optimizers, schedule(before / fit.tokens))
-        steps += 1
-        recent.append(losses[0])
-        now = evaluate is not None and due(before / fit.tokens, seen / fit.tokens, evaluations)
-        if steps % 100 == 0 or seen >= fit.tokens or now:
-            point = {
-                "tokens": seen,
-                "loss": sum(recent) / len(recent),
-                "minutes": (spent + time.monotonic() - started) / 60,
-            }
-            recent.clear()
-            if now and evaluate:
-                model.eval()
-                point |= evaluate()
-                model.train()
-            note(curve, point)
-        if time.monotonic() - last_save > SAVE_SECONDS:
-            save()
-            last_save = time.monotonic()
+    with journal.open(saved):
+        while seen < fit.tokens:
+            losses = []
+            before, tokens = seen, 0
+            for batch in next(mine):
+                ids, labels = (tensor.to(model.device) for tensor in tensors(batch))
+                loss = next_token_loss(model, ids, labels)
+                loss.backward()
+                losses.append(loss.item())
+                tokens += sum(len(example.ids) for example in batch)
+            check_finite(*losses)
+            descend(model, optimizers, schedule(before / fit.tokens))
+            seen += int(world.total(tokens))
+            steps += 1
+            recent.append(losses[0])
+            journal.done(seen / fit.tokens)
+            now = evaluate is not None and due(before / fit.tokens, seen / fit.tokens, evaluations)
+            if steps % 100 == 0 or seen >= fit.tokens or now:
+                point = {"tokens": seen, "loss": sum(recent) / len(recent)}
+                recent.clear()
+                if now and evaluate:
+                    model.eval()
+                    point |= evaluate()
+                    model.train()
+                journal.note(steps, point)
+            if time.monotonic() - last_save > SAVE_SECONDS:
+                save()
+                last_save = time.monotonic()
     save()
     model.eval()
-    return curve
+    return journal.curve

@@ -11,9 +11,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pytest_pocket.backends.hf import pick_device
 from pytest_pocket.registry import file_hash
-from pytest_pocket.training import checkpoint, data, fit, recipe, stage, tokenizer
+from pytest_pocket.training import checkpoint, data, fit, recipe, stage, tokenizer, world
 from pytest_pocket.training.evaluate import on_dev
 
 
@@ -45,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         rope_parameters={"rope_type": "default", "rope_theta": shape["rope_theta"]},
     )
     model: Any = Qwen3ForCausalLM(config)
-    model.to(pick_device(None))
+    model.to(world.device())
     steps = fit.steps(words, traces, tokenizer.sources(), plan, everything=True)
     known = facts(chosen, options.traces, plan)
     curve = fit.fit_model(
@@ -55,6 +54,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         stage.state(options, known["recipe_sha256"], known["data_sha256"]),
         lambda: on_dev(model, words),
         options.evaluations,
+        stage.journal(options),
     )
     checkpoint.save(
         options.out / options.name,

@@ -39,8 +39,9 @@ class Data:
 @dataclass(frozen=True)
 class Fit:
     """One stage.  ``prompts`` weighs the conditions of the traces, ``think`` is the share with thinking,
-    ``text_share`` that of plain source text among them.  The first ``copies_alone`` of the ``tokens`` are random
-    names to copy; then a share ``copies`` of the steps has a batch of them beside that of traces."""
+    ``text_share`` that of plain source text among them, ``noise`` that of a request's words that are changed.  The
+    first ``copies_alone`` of the ``tokens`` are random names to copy; then a share ``copies`` of the steps has a batch
+    of them beside that of traces."""
 
     prompts: Mapping[str, float]
     think: float
@@ -52,6 +53,7 @@ class Fit:
     muon_lr: float
     adam_lr: float
     seed: int
+    noise: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -13,9 +13,8 @@ import copy
 import functools
 import random
 import statistics
-import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -26,12 +25,15 @@ from pytest_pocket.chat import Backend
 from pytest_pocket.conditions import Condition
 from pytest_pocket.episode import Budget, Episode, Workshop, play
 from pytest_pocket.task import Instance, instance_seed
-from pytest_pocket.training import checkpoint, data, fit, recipe, stage
+from pytest_pocket.training import checkpoint, data, fit, recipe, stage, world
 from pytest_pocket.training.evaluate import on_dev
-from pytest_pocket.training.fit import Rendered
+from pytest_pocket.training.fit import Rendered, TrainingError
+from pytest_pocket.training.journal import Journal
 from pytest_pocket.training.recipe import RL
 
 IN_FLIGHT = 64
+DRIFT = 0.1
+"""Nats a token by which the engine and the trainer may differ; in bfloat16 they do by some hundredths."""
 FIRST = 500_000_000
 """Where the training instances of this stage begin: the traces of the others hold earlier ones."""
 
@@ -89,7 +91,7 @@ def rollouts(
         )
 
     with ThreadPoolExecutor(IN_FLIGHT) as threads:
-        done = list(threads.map(attempt, range(len(groups) * plan.group)))
+        done = world.gathered(list(threads.map(attempt, world.share(range(len(groups) * plan.group)))))
     return [done[start : start + plan.group] for start in range(0, len(done), plan.group)]
 
 
@@ -143,10 +145,8 @@ def samples(groups: Sequence[Sequence[Episode]], plan: RL) -> tuple[list[Sample]
         counts["learned"] += 1
         mean = statistics.fmean(rewards)
         for episode in valid:
-            turns = ((list(reply.prompt_ids), list(reply.completion_ids)) for reply in episode.replies)
-            found += [
-                Sample(text, episode.reward - mean) for text in sequences(turns, episode.condition.prompt)
-            ]
+            texts = sequences(turns_of(episode), episode.condition.prompt)
+            found += [Sample(text, episode.reward - mean) for text in texts]
     return found, counts
 
 
@@ -171,6 +171,35 @@ def logprobs(model: Any, part: Sequence[Sample], temperature: float) -> tuple[An
     logits, targets = fit.target_logits(model, ids, labels)
     every = (logits / temperature).log_softmax(-1)
     return every.gather(-1, targets[:, None]).squeeze(-1), -(every.exp() * every).sum(-1)
+
+
+def prove_rollouts(model: Any, groups: Sequence[Sequence[Episode]], count: int = 8) -> float:
+    """Check that what will be learned is what was sampled: the engine's log-probabilities are those computed here.
+
+    Of the first episodes, as the mean difference in nats a token, which is returned.  Raises TrainingError.
+    """
+    import torch
+
+    told = computed = tokens = 0.0
+    for episode in [episode for group in groups for episode in group if not episode.invalid][:count]:
+        texts = [Sample(text, 0.0) for text in sequences(turns_of(episode), episode.condition.prompt)]
+        with torch.no_grad():
+            every = [logprobs(model, [text], 1.0)[0] for text in texts]
+        computed += sum(float(each.sum()) for each in every)
+        tokens += sum(map(len, every))
+        told += sum(reply.logprob or 0.0 for reply in episode.replies)
+    drift = abs(told - computed) / max(1.0, tokens)
+    if drift > DRIFT:
+        raise TrainingError(
+            f"the engine's log-probabilities differ from the trainer's by {drift:.3f} nats a token: "
+            "the tokens or the weights are not those that were sampled; train in float32, or report this"
+        )
+    return drift
+
+
+def turns_of(episode: Episode) -> list[tuple[list[int], list[int]]]:
+    """The ids of each prompt of an episode and of what was sampled after it."""
+    return [(list(reply.prompt_ids), list(reply.completion_ids)) for reply in episode.replies]
 
 
 def policy_loss(new: Any, old: Any, advantages: Any, plan: RL) -> tuple[Any, Any]:
@@ -202,7 +231,7 @@ def update(
     sums: dict[str, float] = dict.fromkeys(("tokens", "entropy", "kl", "cut"), 0.0)
     parts = []
     for start in range(plan.updates):
-        for part in packed(order[start :: plan.updates], plan.batch_tokens):
+        for part in world.share(packed(order[start :: plan.updates], plan.batch_tokens)):
             with torch.no_grad():
                 old, entropy = logprobs(model, part, plan.temperature)
                 known = logprobs(reference, part, plan.temperature)[0] if plan.kl else None
@@ -211,7 +240,7 @@ def update(
             parts.append((start, part, old, known))
     for start in range(plan.updates):
         mine = [each for each in parts if each[0] == start]
-        count = sum(len(old) for _, _, old, _ in mine)
+        count = sum(sum(sample.text.targets) for sample in order[start :: plan.updates])
         for _, part, old, known in mine:
             new, _ = logprobs(model, part, plan.temperature)
             lengths = torch.tensor([sum(sample.text.targets) for sample in part])
@@ -224,12 +253,14 @@ def update(
                 divergence = (known - new).exp() - (known - new) - 1
                 losses = losses + plan.kl * divergence
                 sums["kl"] += float(divergence.detach().sum())
-            loss = losses.sum() / count
+            # The mean over the tokens of all processes, whose gradients are averaged.
+            loss = losses.sum() * world.size() / count
             fit.check_finite(loss.item())
             loss.backward()
             sums["cut"] += int(cut.sum())
-        if mine:
+        if count:
             fit.descend(model, optimizers, factor)
+    sums = {key: world.total(value) for key, value in sums.items()}
     tokens = max(1, sums["tokens"])
     return {"entropy": sums["entropy"] / tokens, "kl": sums["kl"] / tokens, "clipped": sums["cut"] / tokens}
 
@@ -239,41 +270,52 @@ def learn(
     tokenizer: Any,
     plan: RL,
     state: fit.State,
-    evaluate: Callable[[], Mapping[str, float]] | None = None,
+    evaluate: fit.Evaluate | None = None,
     evaluations: int = 0,
+    journal: Journal | None = None,
 ) -> list[dict[str, float]]:
     """Play and learn for the recipe's steps; resumes from ``state`` if it is there.  Returns the curve."""
     optimizers = fit.optimizers_of(model, plan.muon_lr, plan.adam_lr)
     reference = copy.deepcopy(model).eval() if plan.kl else None
-    curve: list[dict[str, float]] = []
-    step, spent = 0, 0.0
-    if saved := state.load(model, optimizers):
-        step, spent, curve = saved["step"], saved["spent"], saved["curve"]
+    journal = journal or Journal()
+    saved = state.load(model, optimizers)
+    step = saved.get("step", 0)
     tally = Tally(saved.get("tally", {}))
+    proven = False
     model.eval()
     workshop = Workshop(sandbox.select("auto"))
     backend = HFBackend.around(model, tokenizer)
-    started = time.monotonic()
     try:
-        while step < plan.steps:
-            backend.weights_changed()
-            groups = rollouts(plan, step, backend, workshop, tally)
-            tally.add(groups)
-            found, counts = samples(groups, plan)
-            learned = {}
-            if found:
-                factor = fit.schedule(step / plan.steps)
-                learned = update(model, reference, optimizers, found, plan, f"{plan.seed}:{step}", factor)
-            step += 1
-            seconds = spent + time.monotonic() - started
-            point = {"step": step, **told(groups), **counts, **learned, "minutes": seconds / 60}
-            if evaluate and fit.due((step - 1) / plan.steps, step / plan.steps, evaluations):
-                point |= evaluate()
-            fit.note(curve, point)
-            state.save(model, optimizers, step=step, spent=seconds, curve=curve, tally=tally.counts)
+        with journal.open(saved):
+            while step < plan.steps:
+                backend.weights_changed()
+                groups = rollouts(plan, step, backend, workshop, tally)
+                if not proven:
+                    prove_rollouts(model, groups)
+                    proven = True
+                tally.add(groups)
+                found, counts = samples(groups, plan)
+                learned = {}
+                if found:
+                    factor = fit.schedule(step / plan.steps)
+                    learned = update(model, reference, optimizers, found, plan, f"{plan.seed}:{step}", factor)
+                step += 1
+                journal.done(step / plan.steps)
+                point = {"step": step, **told(groups), **counts, **learned}
+                if evaluate and fit.due((step - 1) / plan.steps, step / plan.steps, evaluations):
+                    point |= evaluate()
+                journal.note(step, point)
+                state.save(
+                    model,
+                    optimizers,
+                    step=step,
+                    spent=journal.seconds,
+                    curve=journal.curve,
+                    tally=tally.counts,
+                )
     finally:
         backend.close()
-    return curve
+    return journal.curve
 
 
 def told(groups: Sequence[Sequence[Episode]]) -> dict[str, float]:
@@ -299,7 +341,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     parent, model, words = checkpoint.load(options.parent, chosen.weights)
     recipe_sha256 = checkpoint.recipe_hash(chosen, plan)
     state = stage.state(options, recipe_sha256, parent.digest)
-    curve = learn(model, words, plan, state, lambda: on_dev(model, words), options.evaluations)
+    curve = learn(
+        model,
+        words,
+        plan,
+        state,
+        lambda: on_dev(model, words),
+        options.evaluations,
+        stage.journal(options),
+    )
     checkpoint.save(
         options.out / options.name,
         model,

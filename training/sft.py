@@ -34,6 +34,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         stage.state(options, known["recipe_sha256"], parent.digest, known["data_sha256"]),
         lambda: on_dev(model, words),
         options.evaluations,
+        stage.journal(options),
     )
     checkpoint.save(
         options.out / options.name,

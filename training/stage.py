@@ -14,9 +14,19 @@ from pytest_pocket.sandbox import SandboxUnavailable
 from pytest_pocket.training import checkpoint
 from pytest_pocket.training.data import DataError
 from pytest_pocket.training.fit import State, TrainingError
+from pytest_pocket.training.journal import TRACKERS, Journal, TrackerMissing
 from pytest_pocket.training.recipe import RecipeError
 
-EXPECTED = (DataError, ExportError, ModelError, RecipeError, RecordsError, SandboxUnavailable, TrainingError)
+EXPECTED = (
+    DataError,
+    ExportError,
+    ModelError,
+    RecipeError,
+    RecordsError,
+    SandboxUnavailable,
+    TrackerMissing,
+    TrainingError,
+)
 USAGE = 2
 Main = Callable[[Sequence[str] | None], None]
 
@@ -28,6 +38,7 @@ def arguments(name: str, description: str | None, *, parent: str = "") -> argpar
     parser.add_argument("--out", type=Path, default=Path(".pocket/checkpoints"), help="where checkpoints go")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0 leaves torch's choice")
     parser.add_argument("--evaluations", type=int, default=0, help="dev evaluations along the way")
+    parser.add_argument("--track", default="", choices=TRACKERS, help="log the curve to this tracker too")
     if parent:
         parser.add_argument(
             "--from",
@@ -53,6 +64,11 @@ def begin(options: argparse.Namespace, seed: int) -> None:
 def state(options: argparse.Namespace, recipe_sha256: str, *origins: str) -> State:
     """Where a run keeps its state, known by its recipe and the digests of what it comes from."""
     return State(options.out / f"{options.name}.state", sha256_json([recipe_sha256, *origins]))
+
+
+def journal(options: argparse.Namespace) -> Journal:
+    """Where a run's curve is told and kept."""
+    return Journal(options.name, options.track, options.out)
 
 
 def run(main: Main, argv: Sequence[str] | None = None) -> None:

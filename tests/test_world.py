@@ -1,0 +1,77 @@
+"""Several processes, a GPU each, or here the CPU: they hold the same weights, those that one would have made."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_models import make_qwen3
+from transformers import AutoModelForCausalLM
+
+from pytest_pocket.training import fit, world
+from pytest_pocket.training.fit import Rendered
+
+BATCHES = [
+    [Rendered([5, 6, 7, 8], [0, 0, 1, 1])],
+    [Rendered([9, 8, 7, 6, 5], [0, 1, 1, 1, 1])],
+]
+PROCESS = """
+import sys
+import torch
+from transformers import AutoModelForCausalLM
+from test_world import BATCHES, averaged
+from pytest_pocket.training import world
+
+assert world.size() == 2
+assert world.gathered([f"{world.is_first()} {n}" for n in range(2)]) == [
+    "True 0", "False 0", "True 1", "False 1"
+]
+assert world.total(1.5) == 3.0
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.float32)
+(batch,) = world.share(BATCHES)
+averaged(model, [batch])
+torch.save(model.state_dict(), f"{sys.argv[2]}/{world.is_first()}.pt")
+world.wait()
+"""
+
+
+def averaged(model: torch.nn.Module, batches: list[list[Rendered]]) -> None:
+    """A step on the mean of the batches' losses, those of all processes."""
+    optimizers = fit.optimizers_of(model, 0.0, 1e-2)
+    for batch in batches:
+        (fit.next_token_loss(model, *fit.tensors(batch)) / len(batches)).backward()
+    fit.descend(model, optimizers)
+
+
+def test_one_process_has_all() -> None:
+    assert world.size() == 1
+    assert world.is_first()
+    assert list(world.share([1, 2, 3])) == [1, 2, 3]
+    assert world.gathered([1, 2]) == [1, 2]
+    assert world.total(2.0) == 2.0
+
+
+@pytest.mark.timeout(300)
+def test_two_processes_make_the_step_that_one_makes_with_both_batches(tmp_path: Path) -> None:
+    path = make_qwen3(tmp_path / "model")
+    script = tmp_path / "process.py"
+    script.write_text(PROCESS)
+    subprocess.run(
+        [
+            # What accelerate's own launcher starts where there are GPUs.
+            *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"),
+            *(script, path, tmp_path),
+        ],
+        check=True,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parent), "HF_HOME": str(tmp_path)},
+    )
+    alone = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    averaged(alone, BATCHES)
+    ends = [torch.load(tmp_path / f"{first}.pt") for first in (True, False)]
+    for name, value in alone.state_dict().items():
+        torch.testing.assert_close(ends[0][name], value)
+        assert torch.equal(ends[0][name], ends[1][name])
