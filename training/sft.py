@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         name=options.name,
         stage="sft",
         parent=parent,
-        description="supervised fine-tuning on validated oracle traces, raw and with system prompts",
+        description="supervised fine-tuning on validated traces",
         facts={**known, **spent(curve)},
         curve=curve,
     )
