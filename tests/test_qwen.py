@@ -99,7 +99,7 @@ def test_only_the_adapter_learns_and_the_base_stays_in_bfloat16(
     before, base = adapter(model), frozen(model)
     assert {value.dtype for value in before.values()} == {torch.float32}
     assert {value.dtype for value in base.values()} == {torch.bfloat16}
-    steps = fit.steps(words, data.read(home / "traces.jsonl"), (), chosen.sft, everything=False)
+    steps = fit.steps(words, data.read(home / "traces.jsonl"), (), chosen.sft)
     fit.fit_model(model, steps, chosen.sft, fit.State(tmp_path / "x.state"))
     assert any(not torch.equal(before[name], value) for name, value in adapter(model).items())
     assert all(torch.equal(base[name], value) for name, value in frozen(model).items())

@@ -288,7 +288,7 @@ def test_a_resumed_run_ends_like_an_uninterrupted_one(
     import torch
 
     def stream() -> Any:
-        return fit.steps(words, traces, ["x = 1\n"], SMALL, everything=False)
+        return fit.steps(words, traces, ["x = 1\n"], SMALL)
 
     whole = tiny(words)
     fit.fit_model(whole, stream(), SMALL, fit.State(tmp_path / "whole.state"))
@@ -311,7 +311,7 @@ def test_a_resumed_run_ends_like_an_uninterrupted_one(
 
 
 def test_training_lowers_the_loss(traces: list[data.Trace], words: Any, tmp_path: Path) -> None:
-    steps = fit.steps(words, traces, (), SMALL, everything=False)
+    steps = fit.steps(words, traces, (), SMALL)
     longer = Fit(**{**SMALL.__dict__, "tokens": 60_000})
     curve = fit.fit_model(
         tiny(words), steps, longer, fit.State(tmp_path / "run.state"), lambda: {"dev": 0.5}, 4
@@ -325,7 +325,7 @@ def test_a_loss_that_is_not_a_number_stops_the_run(
 ) -> None:
     model = tiny(words)
     model.model.embed_tokens.weight.data.fill_(float("nan"))
-    steps = fit.steps(words, traces, (), SMALL, everything=False)
+    steps = fit.steps(words, traces, (), SMALL)
     with pytest.raises(fit.TrainingError, match="the loss is nan: lower the learning rates"):
         fit.fit_model(model, steps, SMALL, fit.State(tmp_path / "run.state"))
     assert not (tmp_path / "run.state").exists()

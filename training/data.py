@@ -100,8 +100,11 @@ class Replay(NoopBackend):
         self.said = said
 
     def reply(self, request: ChatRequest) -> ChatReply:
-        """The turn that comes now."""
-        message = self.said[sum(each.role == "assistant" for each in request.messages)]
+        """The turn that comes now; no word where a limit cut the episode."""
+        turn = sum(each.role == "assistant" for each in request.messages)
+        if turn == len(self.said):
+            return ChatReply("")
+        message = self.said[turn]
         return ChatReply(message.content, thinking=message.thinking, calls=message.calls, completion_tokens=1)
 
 
@@ -176,8 +179,12 @@ def generate(
         yield from pool.map(_play, jobs)
 
 
-def from_runs(directories: Sequence[Path]) -> Iterator[tuple[list[Trace], Counter[str]]]:
+def from_runs(
+    directories: Sequence[Path], unvalidated: bool = False
+) -> Iterator[tuple[list[Trace], Counter[str]]]:
     """Batches of traces of the episodes that passed, each played again: rejection sampling.
+
+    Of ``unvalidated`` ones those that did not pass, for an experiment: does more data make it worse?
 
     Raises ExportError, RecordsError.
     """
@@ -189,8 +196,8 @@ def from_runs(directories: Sequence[Path]) -> Iterator[tuple[list[Trace], Counte
         kept = []
         with records.of_this_version():
             for record in export.trainable(records.load(directory)[1], counts):
-                if not record["passed"]:
-                    counts["not passed"] += 1
+                if bool(record["passed"]) == unvalidated:
+                    counts["passed" if unvalidated else "not passed"] += 1
                 elif any(reply["malformed"] for reply in record["replies"]):
                     counts["with a malformed call"] += 1
                 else:
@@ -198,7 +205,7 @@ def from_runs(directories: Sequence[Path]) -> Iterator[tuple[list[Trace], Counte
                     task = task_list.find(record["task"])
                     episode = play(task, task.build(record["seed"]), Replay(said), workshop)
                     counts[episode.outcome] += 1
-                    if episode.outcome == "passed":
+                    if unvalidated or episode.outcome == "passed":
                         kept.append(trace(episode, False))
         yield kept, counts
 
@@ -283,10 +290,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         default=[],
         help="take the episodes that passed in this run directory, instead of the oracles'; repeatable",
     )
+    parser.add_argument(
+        "--unvalidated",
+        action="store_true",
+        help="with --run: the episodes that did not pass, for an experiment",
+    )
     options = parser.parse_args(argv)
     recipe = recipes.load(options.recipe)
     if options.run:
-        batches = from_runs(options.run)
+        batches = from_runs(options.run, options.unvalidated)
     else:
         batches = generate(recipe.data, list(task_list.shipped()), options.processes)
     counts = write(options.out, batches)

@@ -160,9 +160,7 @@ def _weigh(mask: list[int], weights: Sequence[float]) -> list[int]:
     return out
 
 
-def stream(
-    tokenizer: Any, traces: Sequence[Trace], plain: Sequence[str], fit: Fit, *, everything: bool
-) -> Iterator[Rendered]:
+def stream(tokenizer: Any, traces: Sequence[Trace], plain: Sequence[str], fit: Fit) -> Iterator[Rendered]:
     """Traces in random order under the recipe's conditions, without end, with plain source among them."""
     choice = random.Random(fit.seed)
     prompts, shares = zip(*fit.prompts.items(), strict=True)
@@ -171,7 +169,9 @@ def stream(
         for trace in choice.sample(traces, len(traces)):
             prompt = choice.choices(prompts, shares)[0]
             trace = reworded(trace, fit.noise, words, choice)
-            yield render(tokenizer, trace, prompt, choice.random() < fit.think, everything=everything)
+            yield render(
+                tokenizer, trace, prompt, choice.random() < fit.think, everything=fit.targets == "all"
+            )
             if plain and choice.random() < fit.text_share:
                 ids = tokenizer(choice.choice(plain), add_special_tokens=False)["input_ids"][:512]
                 yield Rendered(ids, [1] * len(ids))
@@ -260,7 +260,7 @@ def batches(examples: Iterator[Rendered], tokens: int, window: int = 64) -> Iter
 
 
 def steps(
-    tokenizer: Any, traces: Sequence[Trace], plain: Sequence[str], fit: Fit, *, everything: bool
+    tokenizer: Any, traces: Sequence[Trace], plain: Sequence[str], fit: Fit
 ) -> Iterator[tuple[list[Rendered], ...]]:
     """The batches of each step: copies alone for ``copies_alone`` tokens, then traces with a share of copies."""
     copied = batches(copies(tokenizer, fit.seed, fit.copies_alone // 2), fit.batch_tokens)
@@ -270,7 +270,7 @@ def steps(
         seen += sum(len(example.ids) for example in batch)
         yield (batch,)
     choice = random.Random(fit.seed)
-    for batch in batches(stream(tokenizer, traces, plain, fit, everything=everything), fit.batch_tokens):
+    for batch in batches(stream(tokenizer, traces, plain, fit), fit.batch_tokens):
         yield (batch, next(copied)) if choice.random() < fit.copies else (batch,)
 
 

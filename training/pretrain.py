@@ -45,13 +45,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     model: Any = Qwen3ForCausalLM(config)
     model.to(world.device())
-    steps = fit.steps(words, traces, tokenizer.sources(), plan, everything=True)
-    known = facts(chosen, options.traces, plan)
+    steps = fit.steps(words, traces, tokenizer.sources(), plan)
+    known = facts(chosen, [options.traces], plan)
     curve = fit.fit_model(
         model,
         steps,
         plan,
-        stage.state(options, known["recipe_sha256"], known["data_sha256"]),
+        stage.state(options, known["recipe_sha256"], *known["data_sha256"]),
         lambda: on_dev(model, words),
         options.evaluations,
         stage.journal(options),
@@ -69,12 +69,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
 
 
-def facts(chosen: recipe.Recipe, traces: Path, plan: recipe.Fit) -> dict[str, Any]:
+def facts(chosen: recipe.Recipe, traces: Sequence[Path], plan: recipe.Fit) -> dict[str, Any]:
     """What a manifest says of where a run comes from: recipe, data, seeds."""
     return {
         "recipe": chosen.name,
         "recipe_sha256": checkpoint.recipe_hash(chosen, plan),
-        "data_sha256": file_hash(traces),
+        "data_sha256": list(map(file_hash, traces)),
         "seed": plan.seed,
         "data_seed": chosen.data.seed,
     }

@@ -14,6 +14,7 @@ from pytest_pocket.conditions import SYSTEM_PROMPTS
 
 T = TypeVar("T")
 DTYPES = ("float32", "bfloat16")
+TARGETS = ("assistant", "all")
 OVERLONG = ("score", "mask")
 """What to do with episodes that hit a limit."""
 
@@ -41,7 +42,8 @@ class Fit:
     """One stage.  ``prompts`` weighs the conditions of the traces, ``think`` is the share with thinking,
     ``text_share`` that of plain source text among them, ``noise`` that of a request's words that are changed.  The
     first ``copies_alone`` of the ``tokens`` are random names to copy; then a share ``copies`` of the steps has a batch
-    of them beside that of traces."""
+    of them beside that of traces.  ``targets`` are the tokens of the ``"assistant"``, or ``"all"``, which is for
+    pretraining and, in SFT, the broken mask of an experiment."""
 
     prompts: Mapping[str, float]
     think: float
@@ -54,6 +56,7 @@ class Fit:
     adam_lr: float
     seed: int
     noise: float = 0.0
+    targets: str = "assistant"
 
 
 @dataclass(frozen=True)
@@ -177,8 +180,11 @@ def load(name: str) -> Recipe:
         )
     if recipe.weights.dtype not in DTYPES:
         raise RecipeError(f"recipe {path}: dtype {recipe.weights.dtype!r}: choose from {', '.join(DTYPES)}")
-    stages: list[Fit | RL] = [recipe.scratch.pretrain] if recipe.scratch else []
-    for stage in (*stages, recipe.sft, recipe.rlvr):
+    fits = [recipe.scratch.pretrain, recipe.sft] if recipe.scratch else [recipe.sft]
+    if wrong_targets := {fit.targets for fit in fits}.difference(TARGETS):
+        raise RecipeError(f"recipe {path}: targets {min(wrong_targets)!r}: choose from {', '.join(TARGETS)}")
+    stages: list[Fit | RL] = [*fits, recipe.rlvr]
+    for stage in stages:
         if wrong := stage.prompts.keys() - SYSTEM_PROMPTS.keys():
             raise RecipeError(
                 f"recipe {path}: unknown prompt {min(wrong)!r}: choose from {', '.join(SYSTEM_PROMPTS)}"

@@ -17,21 +17,24 @@ from pytest_pocket.training.pretrain import facts, spent
 def main(argv: Sequence[str] | None = None) -> None:
     """Fine-tune a model on traces."""
     parser = stage.arguments("sft", __doc__, parent="base")
-    parser.add_argument("--traces", type=Path, default=data.TRACES, help="what `pocket train data` made")
+    parser.add_argument(
+        "--traces", type=Path, action="append", help="what `pocket train data` made; repeatable"
+    )
     options = parser.parse_args(argv)
 
     chosen = recipe.load(options.recipe)
     stage.begin(options, chosen.sft.seed)
     parent, model, words = checkpoint.load(options.parent, chosen.weights)
-    traces = data.read(options.traces)
+    paths = options.traces or [data.TRACES]
+    traces = [trace for path in paths for trace in data.read(path)]
     fit.prove_masks(words, traces, chosen.sft)
-    steps = fit.steps(words, traces, (), chosen.sft, everything=False)
-    known = facts(chosen, options.traces, chosen.sft)
+    steps = fit.steps(words, traces, (), chosen.sft)
+    known = facts(chosen, paths, chosen.sft)
     curve = fit.fit_model(
         model,
         steps,
         chosen.sft,
-        stage.state(options, known["recipe_sha256"], parent.digest, known["data_sha256"]),
+        stage.state(options, known["recipe_sha256"], parent.digest, *known["data_sha256"]),
         lambda: on_dev(model, words),
         options.evaluations,
         stage.journal(options),
