@@ -149,6 +149,21 @@ def test_token_ids_of_another_tokenizer_are_not_taken(run: Path) -> None:
     assert byte_tokenizer().decode(learned).count("<|im_end|>") == len(spoken)
 
 
+def test_a_record_that_claims_other_tokens_than_the_assistants_is_refused(run: Path) -> None:
+    """A tool's answer taken for sampled: the ids of prompt and completion are cut elsewhere."""
+    record = next(record for record in records.load(run)[1] if len(record["replies"]) > 1)
+    (text,) = dpo.texts(record, words())
+    first, second, *others = record["replies"]
+    shifted = {
+        **second,
+        "prompt_ids": second["prompt_ids"][:-3],
+        "completion_ids": second["prompt_ids"][-3:] + second["completion_ids"],
+    }
+    with pytest.raises(TrainingError, match="other tokens were sampled than the chat template gives"):
+        dpo.texts({**record, "replies": [first, shifted, *others]}, words())
+    assert sum(text.targets) == sum(len(reply["completion_ids"]) for reply in record["replies"])
+
+
 def test_a_run_without_pairs_says_what_it_lacks(suite_run: Path, tmp_path: Path) -> None:
     info, found = records.load(suite_run)
     alone = tmp_path / "alone"

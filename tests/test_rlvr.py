@@ -18,11 +18,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pytest_pocket import sandbox
 from pytest_pocket.backends.hf import HFBackend
+from pytest_pocket.backends.scripted import OracleBackend
 from pytest_pocket.chat import ChatReply, Message
 from pytest_pocket.conditions import Condition
 from pytest_pocket.episode import Episode, Workshop
 from pytest_pocket.registry import read_manifest
-from pytest_pocket.task import Check, Instance, Score, split_of
+from pytest_pocket.task import Check, Instance, Score, instance_seed, split_of
 from pytest_pocket.training import recipe, rlvr
 from pytest_pocket.training.fit import Rendered, TrainingError
 
@@ -236,7 +237,27 @@ def test_tasks_whose_groups_had_variance_are_drawn_more_often() -> None:
     assert weights["read_value"] == max(weights.values()) > 1 / 19
     assert min(weights.values()) > 0.5 / 19  # no task is left
     assert tally.weights(0.0) == pytest.approx([1 / 19] * 19)
-    assert rlvr.Tally(tally.counts).weights(0.5) == tally.weights(0.5)
+    assert rlvr.Tally(tally.state()).weights(0.5) == tally.weights(0.5)
+
+
+def test_an_instance_is_played_again_until_its_group_has_no_variance() -> None:
+    def group(seed: int, *rewards: float) -> list[Episode]:
+        instance = Instance("read_value", seed, "Do it.", {}, {})
+        return [attempted(reward, ([1], [2]), instance=instance) for reward in rewards]
+
+    tally = rlvr.Tally()
+    tally.add([group(1, 0.0, 1.0), group(2, 1.0, 1.0), group(3, 1.0, 0.0)])
+    assert tally.open == [("read_value", 1), ("read_value", 3)]
+    tally.add([group(3, 0.0, 1.0), group(1, 1.0, 1.0)])
+    assert tally.open == rlvr.Tally(tally.state()).open == [("read_value", 3)]
+    backend = OracleBackend()
+    plan = replace(PLAN, instances=2, group=2, revisit=1.0)
+    seed = instance_seed("train", 5)
+    tally.add([group(3, 1.0, 1.0), group(seed, 0.0, 1.0)])
+    groups = rlvr.rollouts(plan, 0, backend, Workshop(sandbox.select("auto")), tally)
+    seeds = [{episode.instance.seed for episode in each} for each in groups]
+    assert seeds[0] == {seed}
+    assert seeds[1].isdisjoint({seed})  # the open ones first, then new ones
 
 
 def test_instances_are_drawn_apart_from_those_of_the_traces() -> None:

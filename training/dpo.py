@@ -56,14 +56,25 @@ def pairs(directories: Sequence[Path], tokenizer: Any, plan: Preference) -> tupl
 
 
 def texts(record: Mapping[str, Any], tokenizer: Any) -> list[Rendered]:
-    """An episode as it was sampled, if the engine gave the ids of this very tokenizer, else rendered by it."""
+    """An episode as it was sampled, if the engine gave the ids of this very tokenizer, else rendered by it.
+
+    Raises TrainingError where the same ids would be learned from otherwise by the two ways.
+    """
     messages = records.messages(record)
     spoken = [message.to_dict() for message in export.to_last_word(messages)]
     start = next(number for number, message in enumerate(spoken) if message["role"] == "assistant")
+    rendered = Rendered(*fit.sampled(tokenizer, spoken, record["think"]), record["prompt"])
     turns = records.token_ids(record)
-    if turns and turns[0][0] == fit.prompt_ids(tokenizer, spoken[:start], record["think"]):
-        return sequences(turns, record["prompt"])
-    return [Rendered(*fit.sampled(tokenizer, spoken, record["think"]), record["prompt"])]
+    if not turns or turns[0][0] != fit.prompt_ids(tokenizer, spoken[:start], record["think"]):
+        return [rendered]
+    found = sequences(turns, record["prompt"])
+    length = len(found[0].ids)
+    if rendered.ids[:length] == found[0].ids and rendered.targets[:length] != found[0].targets:
+        raise TrainingError(
+            f"the record of {record['task']}, seed {record['seed']}, says that other tokens were sampled than the chat "
+            "template gives to the assistant: play the run again with this tokenizer"
+        )
+    return found
 
 
 def batches(found: Sequence[Pair], plan: Preference) -> Iterator[list[Pair]]:

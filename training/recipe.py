@@ -104,8 +104,9 @@ class Preference:
 class RL:
     """Reinforcement learning: in each of ``steps``, ``group`` attempts at each of ``instances`` training instances.
 
-    ``prompts`` and ``think`` as in :class:`Fit`, drawn for each group; a share ``focus`` of the tasks is drawn by how
-    often their groups had variance, the rest evenly.  An episode may have ``turns`` replies of
+    ``prompts`` and ``think`` as in :class:`Fit`, drawn for each group.  A share ``revisit`` of the instances is of
+    those whose last group had variance, as far as there are such, the rest new; a share ``focus`` of the new ones'
+    tasks is drawn by how often their groups had variance, the rest evenly.  An episode may have ``turns`` replies of
     ``reply_tokens`` each, ``tokens`` in all; one that hits a limit has its reward (``overlong = "score"``) or is
     left out (``"mask"``).  The rollouts of a step give ``updates`` optimizer steps, each of a part of them.  The
     ratio of new to old probability is clipped to [1 - clip_low, 1 + clip_high]; ``kl`` weighs the divergence from
@@ -119,6 +120,7 @@ class RL:
     instances: int
     group: int
     focus: float
+    revisit: float
     turns: int
     reply_tokens: int
     tokens: int

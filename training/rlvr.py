@@ -34,6 +34,8 @@ from pytest_pocket.training.recipe import RL
 IN_FLIGHT = 64
 DRIFT = 0.1
 """Nats a token by which the engine and the trainer may differ; in bfloat16 they do by some hundredths."""
+OPEN = 64
+"""How many instances whose groups had variance are remembered."""
 FIRST = 500_000_000
 """Where the training instances of this stage begin: the traces of the others hold earlier ones."""
 
@@ -47,17 +49,30 @@ class Sample:
 
 
 class Tally:
-    """How many groups of each task there were, and how many of them had variance: where there is something to learn."""
+    """Where there is something to learn: groups of each task with variance and in all, and instances that had it last.
 
-    def __init__(self, counts: Mapping[str, Sequence[int]] = {}) -> None:
+    ``saved`` is what ``state`` gave.
+    """
+
+    def __init__(self, saved: Mapping[str, Any] = {}) -> None:
+        counts = saved.get("counts", {})
         self.counts = {name: list(counts.get(name, (0, 0))) for name in task_list.shipped()}
+        self.open: list[tuple[str, int]] = [(task, seed) for task, seed in saved.get("open", ())]
+
+    def state(self) -> dict[str, Any]:
+        """What a run that goes on needs."""
+        return {"counts": self.counts, "open": self.open}
 
     def add(self, groups: Sequence[Sequence[Episode]]) -> None:
-        """Count the groups of a step."""
+        """Count the groups of a step; an instance is open from one group with variance to one without."""
         for group in groups:
-            count = self.counts[group[0].instance.task]
-            count[0] += len({episode.reward for episode in group if not episode.invalid}) > 1
-            count[1] += 1
+            instance = group[0].instance
+            mixed = len({episode.reward for episode in group if not episode.invalid}) > 1
+            self.counts[instance.task][0] += mixed
+            self.counts[instance.task][1] += 1
+            key = (instance.task, instance.seed)
+            self.open = [other for other in self.open if other != key] + [key] * mixed
+        self.open = self.open[-OPEN:]
 
     def weights(self, focus: float) -> list[float]:
         """For each task the chance to be drawn: a share ``focus`` of all by variance, the rest evenly."""
@@ -71,12 +86,19 @@ def rollouts(
     """The groups of a step: attempts at one instance under one condition, a list for each."""
     choice = random.Random(f"{plan.seed}:{step}")
     tasks = list(task_list.shipped().values())
-    weights = (tally or Tally()).weights(plan.focus)
+    tally = tally or Tally()
+    weights = tally.weights(plan.focus)
+    again = choice.sample(tally.open, len(tally.open))
     prompts, shares = zip(*plan.prompts.items(), strict=True)
     groups = []
     for _ in range(plan.instances):
-        task = choice.choices(tasks, weights)[0]
-        instance = drawn(task.name, choice)
+        if again and choice.random() < plan.revisit:
+            name, seed = again.pop()
+            task = task_list.find(name)
+            instance = task.build(seed)
+        else:
+            task = choice.choices(tasks, weights)[0]
+            instance = drawn(task.name, choice)
         condition = Condition(
             choice.choices(prompts, shares)[0], choice.random() < plan.think, plan.temperature
         )
@@ -311,7 +333,7 @@ def learn(
                     step=step,
                     spent=journal.seconds,
                     curve=journal.curve,
-                    tally=tally.counts,
+                    tally=tally.state(),
                 )
     finally:
         backend.close()
