@@ -331,6 +331,31 @@ def test_a_loss_that_is_not_a_number_stops_the_run(
     assert not (tmp_path / "run.state").exists()
 
 
+def test_a_value_of_a_recipe_can_be_changed_for_one_run() -> None:
+    changed = recipe.load("smoke", ["dpo.beta=0.3", "sft.prompts={ raw = 1.0 }", "sft.targets = 'all'"])
+    assert (changed.dpo.beta, changed.sft.prompts, changed.sft.targets) == (0.3, {"raw": 1.0}, "all")
+    assert changed.name == "smoke dpo.beta=0.3 sft.prompts={ raw = 1.0 } sft.targets = 'all'"
+    assert recipe.load("smoke").dpo.beta != 0.3
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ("dpo.beta", "write TABLE.KEY=VALUE"),
+        ("dpo.beta=", "write TABLE.KEY=VALUE"),
+        ("dpo.beta=much", "write TABLE.KEY=VALUE"),
+        ("dpo.gamma=1", "unknown key 'gamma'"),
+        ("warp.speed=9", "unknown tables: warp"),
+        ("beta=0.1", "unknown"),
+        ("sft.targets='none'", "choose from assistant, all"),
+    ],
+)
+def test_a_change_that_cannot_be_made_is_one_clear_line(change: str, said: str) -> None:
+    with pytest.raises(RecipeError, match=said) as caught:
+        recipe.load("smoke", [change])
+    assert "\n" not in str(caught.value)
+
+
 @pytest.fixture
 def saved(words: Any, tmp_path: Path) -> Path:
     directory = tmp_path / "mine"

@@ -279,8 +279,10 @@ def read(path: Path, limit: int | None = None) -> list[Trace]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Make the traces of a recipe."""
+    from pytest_pocket.training import stage
+
     parser = argparse.ArgumentParser(prog="pocket train data", description=__doc__)
-    parser.add_argument("--recipe", default="tiny")
+    stage.recipe_options(parser)
     parser.add_argument("--out", type=Path, default=TRACES)
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
     parser.add_argument(
@@ -296,7 +298,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         help="with --run: the episodes that did not pass, for an experiment",
     )
     options = parser.parse_args(argv)
-    recipe = recipes.load(options.recipe)
+    recipe = recipes.load(options.recipe, options.changes)
     if options.run:
         batches = from_runs(options.run, options.unvalidated)
     else:

@@ -183,7 +183,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     options = parser.parse_args(argv)
 
-    chosen = recipe.load(options.recipe)
+    chosen = recipe.load(options.recipe, options.changes)
     plan = chosen.dpo
     stage.begin(options, plan.seed)
     parent, model, words = checkpoint.load(options.parent, chosen.weights)

@@ -25,7 +25,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
-    chosen = recipe.load(options.recipe)
+    chosen = recipe.load(options.recipe, options.changes)
     if chosen.scratch is None:
         raise recipe.RecipeError(
             f"recipe {chosen.name} has no [pretrain]: it begins with weights from elsewhere"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -137,7 +137,10 @@ class RL:
 
 @dataclass(frozen=True)
 class Recipe:
-    """All stages of a family.  ``scratch`` is None in one that begins with weights from elsewhere."""
+    """All stages of a family.  ``scratch`` is None in one that begins with weights from elsewhere.
+
+    ``name`` is that of the file, with what was changed by ``--set``.
+    """
 
     name: str
     scratch: Scratch | None
@@ -148,8 +151,11 @@ class Recipe:
     rlvr: RL
 
 
-def load(name: str) -> Recipe:
-    """The recipe of a name that ships, or of a path to a TOML file.  Raises RecipeError."""
+def load(name: str, changes: Sequence[str] = ()) -> Recipe:
+    """The recipe of a name that ships, or of a path to a TOML file.  Raises RecipeError.
+
+    ``changes`` are of the form ``TABLE.KEY=VALUE``, the value as in TOML.
+    """
     folder = Path(str(resources.files("pytest_pocket.training") / "recipes"))
     path = next((path for path in (folder / f"{name}.toml", Path(name)) if path.is_file()), None)
     if path is None:
@@ -159,12 +165,14 @@ def load(name: str) -> Recipe:
         table = tomllib.loads(path.read_text())
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise RecipeError(f"recipe {path} is not TOML: {error}") from None
+    for change in changes:
+        _change(table, change)
     unknown = table.keys() - {"tokenizer", "model", "pretrain", "weights", "data", "sft", "dpo", "rlvr"}
     if unknown:
         raise RecipeError(f"recipe {path} has unknown tables: {', '.join(sorted(unknown))}")
     try:
         recipe = Recipe(
-            path.stem,
+            " ".join([path.stem, *changes]),
             Scratch(table["tokenizer"]["vocabulary"], table["model"], _table(Fit, table["pretrain"]))
             if "pretrain" in table
             else None,
@@ -192,6 +200,16 @@ def load(name: str) -> Recipe:
                 f"recipe {path}: unknown prompt {min(wrong)!r}: choose from {', '.join(SYSTEM_PROMPTS)}"
             )
     return recipe
+
+
+def _change(table: dict[str, Any], change: str) -> None:
+    """Put a changed value into the tables of a recipe."""
+    place, _, value = change.partition("=")
+    name, _, key = place.strip().partition(".")
+    try:
+        table.setdefault(name, {})[key.strip()] = tomllib.loads(f"value = {value}")["value"]
+    except (tomllib.TOMLDecodeError, AttributeError, TypeError):
+        raise RecipeError(f"--set {change!r}: write TABLE.KEY=VALUE, as in --set dpo.beta=0.1") from None
 
 
 def _table(kind: type[T], table: Mapping[str, Any]) -> T:

@@ -357,7 +357,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = stage.arguments("rlvr", __doc__, parent="sft-run6")
     options = parser.parse_args(argv)
 
-    chosen = recipe.load(options.recipe)
+    chosen = recipe.load(options.recipe, options.changes)
     plan = chosen.rlvr
     stage.begin(options, plan.seed)
     parent, model, words = checkpoint.load(options.parent, chosen.weights)

@@ -22,7 +22,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     options = parser.parse_args(argv)
 
-    chosen = recipe.load(options.recipe)
+    chosen = recipe.load(options.recipe, options.changes)
     stage.begin(options, chosen.sft.seed)
     parent, model, words = checkpoint.load(options.parent, chosen.weights)
     paths = options.traces or [data.TRACES]

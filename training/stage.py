@@ -34,7 +34,7 @@ Main = Callable[[Sequence[str] | None], None]
 def arguments(name: str, description: str | None, *, parent: str = "") -> argparse.ArgumentParser:
     """The options that every stage that makes a checkpoint has; with a ``parent``, those of one that has one."""
     parser = argparse.ArgumentParser(prog=f"pocket train {name}", description=description)
-    parser.add_argument("--recipe", default="tiny", help="a name that ships, or the path of a TOML file")
+    recipe_options(parser)
     parser.add_argument("--out", type=Path, default=Path(".pocket/checkpoints"), help="where checkpoints go")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0 leaves torch's choice")
     parser.add_argument("--evaluations", type=int, default=0, help="dev evaluations along the way")
@@ -48,6 +48,19 @@ def arguments(name: str, description: str | None, *, parent: str = "") -> argpar
         )
         parser.add_argument("--name", required=True, help="of the checkpoint")
     return parser
+
+
+def recipe_options(parser: argparse.ArgumentParser) -> None:
+    """The options that say which recipe."""
+    parser.add_argument("--recipe", default="tiny", help="a name that ships, or the path of a TOML file")
+    parser.add_argument(
+        "--set",
+        dest="changes",
+        default=[],
+        action="append",
+        metavar="TABLE.KEY=VALUE",
+        help="change a value of the recipe; repeatable",
+    )
 
 
 def begin(options: argparse.Namespace, seed: int) -> None:
