@@ -30,8 +30,8 @@ def test_a_model_of_ones_own_beside_a_task_of_ones_own(pytester: pytest.Pytester
 
     pytester.makeconftest(TASK + MODEL.replace("path/to/checkpoint", str(shipped() / "sft-run6")))
     result = pytester.runpytest_subprocess(".", "--pocket-model=mine", "--pocket-fail-under=0")
-    result.assert_outcomes(passed=2)
-    result.stdout.fnmatch_lines(["mine *"])
+    assert result.ret == 0  # the gate: how well it does at a task that it never saw is no matter here
+    result.stdout.fnmatch_lines(["mine *reward*"])
 
 
 def test_a_backend_of_ones_own(pytester: pytest.Pytester) -> None:
