@@ -1,7 +1,8 @@
 """Render the tables of the documents from the committed runs.
 
 A document says where: everything between ``<!-- reports: KIND RUN -->`` and ``<!-- /reports -->`` is replaced
-by the table of that kind (``scores`` or ``tasks``) of the run in that folder of reports/.
+by the table of that kind (``scores`` or ``tasks``) of the run in that folder of reports/; with ``RUN MODEL MODEL...``
+of these models alone.
 
     python reports/render.py            # rewrite the documents
     python reports/render.py --check    # fail, and name them, where one differs from what the records give
@@ -17,18 +18,19 @@ from pathlib import Path
 from pytest_pocket import records, report
 
 REPORTS = Path(__file__).parent
-DOCUMENTS = (REPORTS.parent / "README.md", REPORTS.parent / "docs" / "tiny-family.md")
+DOCUMENTS = tuple(REPORTS.parent / name for name in ("README.md", "docs/tiny-family.md", "docs/experiments.md"))
 KINDS = {"scores": report.markdown, "tasks": report.tasks_markdown}
-BLOCK = re.compile(r"(?<=<!-- reports: )(\w+) ([\w.-]+) -->\n.*?(?=<!-- /reports -->)", re.DOTALL)
+BLOCK = re.compile(r"(?<=<!-- reports: )(\w+) ([\w./-]+)((?: [\w.-]+)*) -->\n.*?(?=<!-- /reports -->)", re.DOTALL)
 
 
 def rendered(text: str) -> str:
     """A document with its tables as the records give them now."""
 
     def table(block: re.Match[str]) -> str:
-        kind, run = block.groups()
+        kind, run, models = block.groups()
         _, episodes = records.load(REPORTS / run)
-        return f"{kind} {run} -->\n\n{KINDS[kind](report.rows(episodes))}\n"
+        chosen = [each for each in episodes if not models or each["model"] in models.split()]
+        return f"{kind} {run}{models} -->\n\n{KINDS[kind](report.rows(chosen))}\n"
 
     return BLOCK.sub(table, text)
 

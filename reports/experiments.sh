@@ -1,0 +1,76 @@
+#!/bin/sh
+# The experiments of docs/experiments.md: train what does not ship (into .pocket/checkpoints), then play it on dev.
+#   sh reports/experiments.sh PART...   of: prompts temperature best_of thinking seeds beta masks scarce
+# `sh run.sh` first: it sets up .venv.
+set -eu
+cd "$(dirname "$0")/.."
+export HF_HUB_OFFLINE=1
+made=.pocket/checkpoints
+
+train() { .venv/bin/pocket train "$@"; }
+play() { # NAME, then options: a run on dev into reports/experiments/NAME
+    name=$1
+    shift
+    .venv/bin/pytest "$@" --pocket-split=dev --runs=4 --pocket-fail-under=0 -q --pocket-records="reports/experiments/$name" |
+        tail -n 30
+}
+
+pairs() { # what preferences are learned from: hot episodes of training instances
+    [ -d .pocket/pairs ] || .venv/bin/pytest --pocket-model=sft-run6 --pocket-split=train --pocket-temperature=1.5 \
+        --pocket-samples=4 --runs=10 --pocket-fail-under=0 -q --pocket-records=.pocket/pairs | tail -n 30
+}
+prompts() { # raw, full and verbose prompts on every stage
+    play prompts --pocket-model=base,sft-run6,dpo-v1-beta05,rlvr-v1 --pocket-prompt=raw,full,verbose
+}
+temperature() { # greedy against temperature
+    play temperature --pocket-model=sft-run6,rlvr-v1 --pocket-prompt=raw --pocket-temperature=0,0.7,1
+}
+best_of() { # reward against tokens
+    play best-of --pocket-model=rlvr-v1 --pocket-prompt=raw --pocket-temperature=0.7 --pocket-best-of=1,2,4,8
+}
+thinking() {
+    play thinking --pocket-model=sft-run6,rlvr-v1 --pocket-think=off,on
+}
+seeds() { # DPO and RLVR with two more seeds each
+    pairs
+    for seed in 14 24; do
+        train dpo --from sft-run6 --run .pocket/pairs --name dpo-seed$seed --set dpo.seed=$seed
+        train rlvr --from sft-run6 --name rlvr-seed$seed --set rlvr.seed=$seed
+    done
+    play seeds --pocket-model=sft-run6,dpo-v1-beta05,$made/dpo-seed14,$made/dpo-seed24,rlvr-v1,$made/rlvr-seed14,$made/rlvr-seed24
+}
+beta() { # the strength of DPO's pull to the parent, with and without near-identical pairs
+    pairs
+    models=
+    for beta in 0.01 0.05 0.1 0.3; do
+        for similar in 0.95 1.0; do
+            name=dpo-beta$beta-similar$similar
+            train dpo --from sft-run6 --run .pocket/pairs --name $name --set dpo.beta=$beta --set dpo.similar=$similar
+            models="$models,$made/$name"
+        done
+    done
+    play beta "--pocket-model=sft-run6$models"
+}
+masks() { # SFT on a million tokens: as it should be, with a broken mask, with more but unvalidated data
+    pairs
+    train data --recipe tiny --set data.episodes_per_task=200 --out .pocket/data/few.jsonl
+    train data --recipe tiny --run .pocket/pairs --unvalidated --out .pocket/data/failed.jsonl
+    short="--from base --set sft.tokens=1_000_000 --traces .pocket/data/few.jsonl"
+    train sft $short --name sft-short
+    train sft $short --name sft-broken-mask --set 'sft.targets="all"'
+    train sft $short --traces .pocket/data/failed.jsonl --name sft-unvalidated
+    play masks --pocket-model=$made/sft-short,$made/sft-broken-mask,$made/sft-unvalidated
+}
+scarce() { # RLVR from a parent with few demonstrations, none of them with a system prompt
+    train data --recipe tiny --set data.episodes_per_task=1000 --out .pocket/data/half.jsonl
+    train sft --traces .pocket/data/half.jsonl --name sft-scarce --from base --set 'sft.prompts={ raw = 1.0 }' \
+        --set sft.tokens=2_000_000
+    models=$made/sft-scarce
+    for seed in 3 14 24; do
+        train rlvr --from $made/sft-scarce --name rlvr-scarce-seed$seed --set rlvr.seed=$seed
+        models=$models,$made/rlvr-scarce-seed$seed
+    done
+    play scarce --pocket-model=$models
+}
+
+for part; do $part; done
