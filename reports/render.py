@@ -18,9 +18,13 @@ from pathlib import Path
 from pytest_pocket import records, report
 
 REPORTS = Path(__file__).parent
-DOCUMENTS = tuple(REPORTS.parent / name for name in ("README.md", "docs/tiny-family.md", "docs/experiments.md"))
+DOCUMENTS = tuple(
+    REPORTS.parent / name for name in ("README.md", "docs/tiny-family.md", "docs/experiments.md")
+)
 KINDS = {"scores": report.markdown, "tasks": report.tasks_markdown}
-BLOCK = re.compile(r"(?<=<!-- reports: )(\w+) ([\w./-]+)((?: [\w.-]+)*) -->\n.*?(?=<!-- /reports -->)", re.DOTALL)
+BLOCK = re.compile(
+    r"(?<=<!-- reports: )(\w+) ([\w./-]+)((?: [\w.-]+)*) -->\n.*?(?=<!-- /reports -->)", re.DOTALL
+)
 
 
 def rendered(text: str) -> str:

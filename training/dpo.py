@@ -63,13 +63,16 @@ def texts(record: Mapping[str, Any], tokenizer: Any) -> list[Rendered]:
     messages = records.messages(record)
     spoken = [message.to_dict() for message in export.to_last_word(messages)]
     start = next(number for number, message in enumerate(spoken) if message["role"] == "assistant")
-    rendered = Rendered(*fit.sampled(tokenizer, spoken, record["think"]), record["prompt"])
     turns = records.token_ids(record)
     if not turns or turns[0][0] != fit.prompt_ids(tokenizer, spoken[:start], record["think"]):
-        return [rendered]
+        return [Rendered(*fit.sampled(tokenizer, spoken, record["think"]), record["prompt"])]
     found = sequences(turns, record["prompt"])
+    try:
+        ids, targets = fit.sampled(tokenizer, spoken, record["think"])
+    except TrainingError:
+        return found  # what was sampled is nothing that the template would write
     length = len(found[0].ids)
-    if rendered.ids[:length] == found[0].ids and rendered.targets[:length] != found[0].targets:
+    if ids[:length] == found[0].ids and targets[:length] != found[0].targets:
         raise TrainingError(
             f"the record of {record['task']}, seed {record['seed']}, says that other tokens were sampled than the chat "
             "template gives to the assistant: play the run again with this tokenizer"
