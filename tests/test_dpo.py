@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import math
 import subprocess
@@ -211,6 +212,31 @@ def test_logprobs_sum_over_exactly_the_sampled_tokens(model: Any) -> None:
                 logits[n - 1, text.ids[n]].item() for n in range(len(text.ids)) if text.targets[n]
             )
         assert found.item() == pytest.approx(expected, abs=1e-4)
+
+
+@given(st.lists(st.integers(3, 60), min_size=1, max_size=20), st.integers(1, 400))
+def test_a_step_is_learned_from_in_parts_that_hold_each_pair_once(lengths: list[int], tokens: int) -> None:
+    def text(length: int) -> Rendered:
+        return Rendered([0] * length, [0, *[1] * (length - 1)], "raw")
+
+    pairs = [Pair("raw", [text(length)], [text(3)]) for length in lengths]
+    made = list(dpo.parts(pairs, tokens))
+    assert sorted(map(id, itertools.chain(*made))) == sorted(map(id, pairs))
+    for part in made:
+        assert len(part) == 1 or 2 * len(part) * max(len(pair.better[0].ids) for pair in part) <= tokens
+
+
+def test_the_parts_of_a_step_do_not_change_what_is_learned(tmp_path: Path) -> None:
+    path = make_qwen3(tmp_path / "model")
+    ends = []
+    for tokens in (10, 10_000):
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+        longer = Pair("raw", [Rendered([*GOOD.ids, 3], [*GOOD.targets, 1], "raw")], [BAD])
+        plan = replace(PLAN, batch_tokens=tokens)
+        curve = dpo.learn(model, [PAIR, longer], plan, State(tmp_path / f"{tokens}.state"))
+        ends.append([(point["loss"], point["margin"]) for point in curve])
+    assert ends[0][0] == pytest.approx(ends[1][0], abs=1e-5)
+    assert ends[0][-1] == pytest.approx(ends[1][-1], rel=1e-2)
 
 
 def logps(*values: float) -> torch.Tensor:

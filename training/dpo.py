@@ -93,6 +93,22 @@ def batches(found: Sequence[Pair], plan: Preference) -> Iterator[list[Pair]]:
         yield from choice.sample(made, len(made))
 
 
+def parts(batch: Sequence[Pair], tokens: int) -> Iterator[list[Pair]]:
+    """Parts of a step of at most ``tokens`` padded tokens (or of one pair), of like lengths."""
+
+    def longest(pair: Pair) -> int:
+        return max(len(text.ids) for text in (*pair.better, *pair.worse))
+
+    part: list[Pair] = []
+    for pair in sorted(batch, key=longest):
+        if part and 2 * (len(part) + 1) * longest(pair) > tokens:
+            yield part
+            part = []
+        part.append(pair)
+    if part:
+        yield part
+
+
 def logprobs(model: Any, episodes: Sequence[Sequence[Rendered]]) -> tuple[Any, Any]:
     """The log-probability of each episode's targets together, in nats, and their number: shape [episodes]."""
     import torch
@@ -146,21 +162,18 @@ def learn(
     with journal.open(saved):
         while done < len(steps):
             told = {"loss": 0.0, "margin": 0.0, "preferred": 0.0}
-            if batch := list(world.share(steps[done])):
-                episodes = [pair.better for pair in batch] + [pair.worse for pair in batch]
+            for part in parts(list(world.share(steps[done])), plan.batch_tokens):
+                episodes = [pair.better for pair in part] + [pair.worse for pair in part]
                 with torch.no_grad():
                     known, _ = logprobs(reference, episodes)
                 policy, counts = logprobs(model, episodes)
                 losses, margin = preference_losses(policy, known, counts, plan)
+                fit.check_finite(losses.sum().item())
                 # Of all processes' pairs each counts the same.
-                loss = losses.sum() * world.size() / len(steps[done])
-                fit.check_finite(loss.item())
-                loss.backward()
-                told = {
-                    "loss": losses.sum().item(),
-                    "margin": margin.sum().item(),
-                    "preferred": (margin > 0).float().sum().item(),
-                }
+                (losses.sum() * world.size() / len(steps[done])).backward()
+                told["loss"] += losses.sum().item()
+                told["margin"] += margin.sum().item()
+                told["preferred"] += (margin > 0).float().sum().item()
             fit.descend(model, optimizers, fit.schedule(done / len(steps)))
             point = {key: world.total(value) / len(steps[done]) for key, value in told.items()}
             done += 1

@@ -86,14 +86,15 @@ class Weights:
 class Preference:
     """DPO: ``beta`` is the strength of the pull to the parent, ``sft`` weighs the likelihood of the better episode.
 
-    Pairs whose words agree by more than ``similar`` are left out.  A step is of ``pairs`` pairs; all are seen
-    ``epochs`` times.
+    Pairs whose words agree by more than ``similar`` are left out.  A step is of ``pairs`` pairs, ``batch_tokens``
+    tokens of them at a time; all are seen ``epochs`` times.
     """
 
     beta: float
     sft: float
     similar: float
     pairs: int
+    batch_tokens: int
     epochs: int
     muon_lr: float
     adam_lr: float
