@@ -14,6 +14,7 @@ from pytest_pocket.registry import Registry
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = "\n".join((ROOT / name).read_text() for name in ("README.md", "docs/tiny-family.md"))
 RUNS = sorted(path.parent for path in (ROOT / "reports").glob("*/run.json"))
+EXPERIMENTS = sorted(path.parent for path in (ROOT / "reports" / "experiments").glob("*/run.json"))
 
 
 def test_the_tables_of_the_documents_are_what_the_committed_runs_give() -> None:
@@ -30,6 +31,12 @@ def test_a_committed_run_is_shown_with_the_command_that_made_it(run: Path) -> No
     assert " ".join(["pytest", *info["command"][1:]]) in DOCUMENTS
 
 
+@pytest.mark.parametrize("run", EXPERIMENTS, ids=lambda run: run.name)
+def test_an_experiment_is_played_by_the_script_and_shown(run: Path) -> None:
+    assert f"<!-- reports: scores experiments/{run.name} -->" in (ROOT / "docs/experiments.md").read_text()
+    assert f"    play {run.name} " in (ROOT / "reports/experiments.sh").read_text()
+
+
 @pytest.mark.parametrize("run", RUNS, ids=lambda run: run.name)
 def test_a_committed_run_was_made_with_the_weights_that_ship(run: Path) -> None:
     info, _ = records.load(run)
@@ -38,7 +45,7 @@ def test_a_committed_run_was_made_with_the_weights_that_ship(run: Path) -> None:
         assert model["digest"] == shipped[name].digest
 
 
-@pytest.mark.parametrize("run", RUNS, ids=lambda run: run.name)
+@pytest.mark.parametrize("run", [*RUNS, *EXPERIMENTS], ids=lambda run: run.name)
 def test_a_committed_run_names_no_path_of_the_machine_that_made_it(run: Path) -> None:
     text = (run / "run.json").read_text() + (run / "episodes.jsonl").read_text()
     assert str(Path.home()) + "/" not in text
