@@ -31,10 +31,12 @@ def test_a_committed_run_is_shown_with_the_command_that_made_it(run: Path) -> No
     assert " ".join(["pytest", *info["command"][1:]]) in DOCUMENTS
 
 
-@pytest.mark.parametrize("run", EXPERIMENTS, ids=lambda run: run.name)
-def test_an_experiment_is_played_by_the_script_and_shown(run: Path) -> None:
-    assert f"<!-- reports: scores experiments/{run.name} -->" in (ROOT / "docs/experiments.md").read_text()
-    assert f"    play {run.name} " in (ROOT / "reports/experiments.sh").read_text()
+def test_an_experiment_is_played_by_the_script_and_shown() -> None:
+    for run in EXPERIMENTS:
+        assert (
+            f"<!-- reports: scores experiments/{run.name} -->" in (ROOT / "docs/experiments.md").read_text()
+        )
+        assert f"    play {run.name} " in (ROOT / "reports/experiments.sh").read_text()
 
 
 @pytest.mark.parametrize("run", RUNS, ids=lambda run: run.name)
