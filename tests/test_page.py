@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import atexit
+import functools
 import json
 import os
 import re
 import shutil
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -25,12 +28,22 @@ from pytest_pocket.registry import Model
 from pytest_pocket.task import Check, Instance, Score
 
 REPORTS = Path(__file__).parents[1] / "reports"
-FAMILY = REPORTS / "tiny-family-3-runs"
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 QUIET = ["--disable-background-networking", "--disable-component-update", "--disable-sync", "--no-first-run"]
 ATTACK = (
     '<script>window.ran=1</script><img src=x onerror="window.ran=1">\'"`${window.ran=1}</pre></script><!--'
 )
+
+
+@functools.cache
+def family() -> Path:
+    """What the committed run has of two of its models."""
+    directory = Path(tempfile.mkdtemp(), "tiny-family-3-runs")
+    atexit.register(shutil.rmtree, directory.parent)
+    info, found = records.load(REPORTS / "tiny-family-3-runs")
+    kept = {name: info["models"][name] for name in ("base", "sft-run6")}
+    records.write(directory, {**info, "models": kept}, [each for each in found if each["model"] in kept])
+    return directory
 
 
 @pytest.fixture(scope="module")
@@ -102,8 +115,8 @@ def leaders(shown: Page) -> list[str]:
 
 
 def test_the_leaderboard_has_the_numbers_of_the_report(view: Opener) -> None:
-    shown = view(FAMILY)
-    table = report.markdown(report.rows(records.load(FAMILY)[1]))
+    shown = view(family())
+    table = report.markdown(report.rows(records.load(family())[1]))
     for model in ("base", "sft-run6"):
         line = next(line for line in table.splitlines() if line.startswith(f"| {model}<br>"))
         numbers = re.findall(r"\d\.\d{3} ± \d\.\d{3}", line)
@@ -113,14 +126,14 @@ def test_the_leaderboard_has_the_numbers_of_the_report(view: Opener) -> None:
 
 
 def test_published_figures_are_marked_and_not_in_the_ranking(view: Opener) -> None:
-    shown = view(FAMILY)
+    shown = view(family())
     assert leaders(shown) == ["sft-run6", "base"]
     assert shown.locator("#board .published").count() == 6
     assert all("published" in text for text in shown.locator("#board .published").all_text_contents())
 
 
 def test_a_heading_sorts_by_mouse_and_by_keyboard(view: Opener) -> None:
-    shown = view(FAMILY)
+    shown = view(family())
     shown.click("#board th button:text-is('raw')")
     assert leaders(shown) == ["sft-run6", "base"]
     shown.keyboard.press("Enter")
@@ -134,11 +147,11 @@ def test_a_heading_sorts_by_mouse_and_by_keyboard(view: Opener) -> None:
 
 
 def test_a_failure_is_read_to_its_cause_within_three_clicks(view: Opener) -> None:
-    shown = view(FAMILY)
+    shown = view(family())
     shown.click("#board tr:has(th:text-is('sft-run6')) .failures")
     wrong = [
         record
-        for record in records.load(FAMILY)[1]
+        for record in records.load(family())[1]
         if record["model"] == "sft-run6" and record["outcome"] != "passed"
     ]
     assert shown.inner_text("#count") == f"{len(wrong)} of 228 episodes"
@@ -154,8 +167,8 @@ def test_a_failure_is_read_to_its_cause_within_three_clicks(view: Opener) -> Non
 
 
 def test_every_number_leads_to_the_episodes_that_it_counts(view: Opener) -> None:
-    shown = view(FAMILY)
-    found = records.load(FAMILY)[1]
+    shown = view(family())
+    found = records.load(family())[1]
     shown.click("#tasks tr:has(th a:text-is('git_history')) td a >> nth=0")
     head = shown.locator("#tasks thead th >> nth=2").inner_text()
     count = len([r for r in found if r["task"] == "git_history" and head.startswith(f"{r['model']} ")])
@@ -167,7 +180,7 @@ def test_every_number_leads_to_the_episodes_that_it_counts(view: Opener) -> None
     shown.wait_for_function(
         "start => document.getElementById('count').textContent.startsWith(start)", arg=f"{number} of"
     )
-    other = view(FAMILY, fragment=shown.evaluate("location.hash"))
+    other = view(family(), fragment=shown.evaluate("location.hash"))
     assert other.inner_text("#count") == f"{number} of {len(found)} episodes"
 
 
@@ -192,7 +205,7 @@ def test_whole_episodes_are_searched_when_asked_for(view: Opener) -> None:
 
 
 def test_back_closes_an_episode_and_the_list_is_as_it_was(view: Opener) -> None:
-    shown = view(FAMILY)
+    shown = view(family())
     shown.select_option("#filters [name=task]", "=git_history")
     listed = shown.inner_text("#count")
     shown.click("#list tbody a >> nth=0")
@@ -213,21 +226,21 @@ def test_what_has_no_number_is_sorted_last_both_ways(view: Opener) -> None:
 
 
 def test_an_address_opens_its_episode(view: Opener) -> None:
-    shown = view(FAMILY)
+    shown = view(family())
     shown.select_option("#filters [name=task]", "=git_history")
     shown.select_option("#filters [name=prompt]", "=full")
     address = str(shown.locator("#list tbody a >> nth=1").get_attribute("href"))
-    other = view(FAMILY, fragment=address)
+    other = view(family(), fragment=address)
     other.wait_for_selector("dialog[open]")
     assert other.inner_text("#episode-h").startswith("git_history")
     assert "full no-think t0" in other.inner_text("#episode-h")
     assert "git" in other.inner_text("#turns")
-    lost = view(FAMILY, fragment="#episode=%E0%A4%A")
+    lost = view(family(), fragment="#episode=%E0%A4%A")
     assert lost.inner_text("#count") == "the address names no episode of this page"
 
 
 def test_words_find_episodes_and_arrows_walk_through_them(view: Opener) -> None:
-    shown = view(FAMILY)
+    shown = view(family())
     shown.fill("#filters [name=words]", "rename_symbol")
     assert shown.inner_text("#count") == "12 of 228 episodes"
     shown.click("#list tbody a >> nth=0")
@@ -291,15 +304,15 @@ def test_best_of_n_has_a_front_and_other_pages_say_that_there_is_none(view: Open
     lines = shown.locator("#bestof tbody th").all_inner_texts()
     assert [line.startswith("◆") for line in lines] == [True, False, True]
     assert shown.locator("#pareto-chart svg").count() == 1
-    assert "No best-of-N in these runs" in view(FAMILY).inner_text("#bestof")
+    assert "No best-of-N in these runs" in view(family()).inner_text("#bestof")
 
 
 def test_stages_and_costs_come_from_the_manifests(view: Opener, tmp_path: Path) -> None:
-    shown = view(FAMILY)
+    shown = view(family())
     assert shown.locator("#stages tbody th").all_inner_texts() == ["base", "sft-run6"]
     assert shown.locator("#arc-chart svg").count() == 1
     assert "not known here" in shown.inner_text("#cost")  # no models were given
-    made = CliRunner().invoke(app, ["report", str(FAMILY), "-o", str(tmp_path / "page.html")])
+    made = CliRunner().invoke(app, ["report", str(family()), "-o", str(tmp_path / "page.html")])
     assert made.exit_code == 0, made.output
     manifest = json.loads((REPORTS.parent / "training/checkpoints/sft-run6/pocket.json").read_text())
     text = (tmp_path / "page.html").read_text()
@@ -321,15 +334,15 @@ def test_the_same_model_in_two_runs_is_told_apart(view: Opener) -> None:
 
 def test_dark_by_preference_and_by_switch(view: Opener) -> None:
     background = "getComputedStyle(document.body).backgroundColor"
-    dark = view(FAMILY, color_scheme="dark")
+    dark = view(family(), color_scheme="dark")
     assert dark.evaluate(background) == "rgb(20, 23, 27)"
     dark.click("#theme")
     assert dark.evaluate(background) == "rgb(255, 255, 255)"
-    assert view(FAMILY, color_scheme="light").evaluate(background) == "rgb(255, 255, 255)"
+    assert view(family(), color_scheme="light").evaluate(background) == "rgb(255, 255, 255)"
 
 
 def test_a_phone_scrolls_down_only(view: Opener) -> None:
-    shown = view(FAMILY, viewport={"width": 360, "height": 780})
+    shown = view(family(), viewport={"width": 360, "height": 780})
     assert shown.evaluate("document.documentElement.scrollWidth") <= 360
     shown.click("#list tbody a >> nth=0")
     shown.wait_for_selector("dialog[open]")
@@ -339,7 +352,7 @@ def test_a_phone_scrolls_down_only(view: Opener) -> None:
 def test_ten_thousand_episodes_are_a_page_of_few_megabytes_that_opens_at_once(
     view: Opener, tmp_path: Path
 ) -> None:
-    info, found = records.load(FAMILY)
+    info, found = records.load(family())
     many = [
         {**record, "run": 3 * round_ + record["run"], "answer": f"{record['answer']} {round_ * 7919}"}
         for round_ in range(44)
@@ -373,8 +386,10 @@ def test_what_is_no_run_is_one_line_and_no_page(tmp_path: Path, content: str) ->
 
 
 def test_an_output_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
-    result = CliRunner().invoke(app, ["report", str(FAMILY), "-o", str(tmp_path / "no" / "page.html")])
+    result = CliRunner().invoke(app, ["report", str(family()), "-o", str(tmp_path / "no" / "page.html")])
     assert result.exit_code == 2
     assert "No such file or directory; give another --output" in result.output
-    twice = CliRunner().invoke(app, ["report", str(FAMILY), str(FAMILY), "-o", str(tmp_path / "page.html")])
+    twice = CliRunner().invoke(
+        app, ["report", str(family()), str(family()), "-o", str(tmp_path / "page.html")]
+    )
     assert (twice.exit_code, twice.output) == (2, "pocket: a run is given twice\n")
