@@ -16,7 +16,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from playwright.sync_api import Browser, Page, sync_playwright
+from playwright.sync_api import Browser, Page, expect, sync_playwright
 from typer.testing import CliRunner
 
 from pytest_pocket import page, records, report
@@ -154,7 +154,7 @@ def test_a_failure_is_read_to_its_cause_within_three_clicks(view: Opener) -> Non
         for record in records.load(family())[1]
         if record["model"] == "sft-run6" and record["outcome"] != "passed"
     ]
-    assert shown.inner_text("#count") == f"{len(wrong)} of 228 episodes"
+    expect(shown.locator("#count")).to_have_text(f"{len(wrong)} of 228 episodes")
     shown.click("#list tbody a >> nth=0")
     cause = shown.inner_text("dialog[open] .cause")
     assert any(
@@ -173,7 +173,8 @@ def test_every_number_leads_to_the_episodes_that_it_counts(view: Opener) -> None
     head = shown.locator("#tasks thead th >> nth=2").inner_text()
     count = len([r for r in found if r["task"] == "git_history" and head.startswith(f"{r['model']} ")])
     prompts = len({r["prompt"] for r in found})
-    assert shown.inner_text("#count") == f"{count // prompts} of {len(found)} episodes"
+    # The address changes first, and the list follows it: expect waits for it.
+    expect(shown.locator("#count")).to_have_text(f"{count // prompts} of {len(found)} episodes")
     link = shown.locator("#ledger tbody td a >> nth=0")
     number = link.inner_text()
     link.click()
@@ -181,25 +182,25 @@ def test_every_number_leads_to_the_episodes_that_it_counts(view: Opener) -> None
         "start => document.getElementById('count').textContent.startsWith(start)", arg=f"{number} of"
     )
     other = view(family(), fragment=shown.evaluate("location.hash"))
-    assert other.inner_text("#count") == f"{number} of {len(found)} episodes"
+    expect(other.locator("#count")).to_have_text(f"{number} of {len(found)} episodes")
 
 
 def test_candidates_that_lost_are_listed_only_when_asked_for(view: Opener) -> None:
     won, lost = (recorded("a", best_of=2, candidate=n, chosen=n == 0) for n in (0, 1))
     shown = view(run_of(won, lost))
-    assert shown.inner_text("#count") == "1 of 2 episodes"
+    expect(shown.locator("#count")).to_have_text("1 of 2 episodes")
     assert shown.inner_text("#board .failures") == "1"
     shown.click("#board .failures")
-    assert shown.inner_text("#count") == "1 of 2 episodes"
+    expect(shown.locator("#count")).to_have_text("1 of 2 episodes")
     shown.check("#filters [name=every]")
-    assert shown.inner_text("#count") == "2 of 2 episodes"
+    expect(shown.locator("#count")).to_have_text("2 of 2 episodes")
 
 
 def test_whole_episodes_are_searched_when_asked_for(view: Opener) -> None:
     late = recorded("a" * 500 + " needle")
     shown = view(run_of(late, recorded("b", run=2)))
     shown.fill("#filters [name=words]", "needle")
-    assert shown.inner_text("#count") == "0 of 2 episodes"
+    expect(shown.locator("#count")).to_have_text("0 of 2 episodes")
     shown.check("#filters [name=whole]")
     shown.wait_for_function("document.getElementById('count').textContent === '1 of 2 episodes'")
 
@@ -212,7 +213,7 @@ def test_back_closes_an_episode_and_the_list_is_as_it_was(view: Opener) -> None:
     shown.wait_for_selector("dialog[open]")
     shown.go_back()
     shown.wait_for_selector("dialog[open]", state="detached")
-    assert shown.inner_text("#count") == listed != "228 of 228 episodes"
+    expect(shown.locator("#count")).to_have_text(listed != "228 of 228 episodes")
 
 
 def test_what_has_no_number_is_sorted_last_both_ways(view: Opener) -> None:
@@ -236,13 +237,13 @@ def test_an_address_opens_its_episode(view: Opener) -> None:
     assert "full no-think t0" in other.inner_text("#episode-h")
     assert "git" in other.inner_text("#turns")
     lost = view(family(), fragment="#episode=%E0%A4%A")
-    assert lost.inner_text("#count") == "the address names no episode of this page"
+    expect(lost.locator("#count")).to_have_text("the address names no episode of this page")
 
 
 def test_words_find_episodes_and_arrows_walk_through_them(view: Opener) -> None:
     shown = view(family())
     shown.fill("#filters [name=words]", "rename_symbol")
-    assert shown.inner_text("#count") == "12 of 228 episodes"
+    expect(shown.locator("#count")).to_have_text("12 of 228 episodes")
     shown.click("#list tbody a >> nth=0")
     shown.wait_for_selector("dialog[open]")
     first = shown.url
@@ -329,7 +330,7 @@ def test_the_same_model_in_two_runs_is_told_apart(view: Opener) -> None:
     shown = view(run_of(recorded("a"), name="one"), run_of(recorded("b"), name="two"))
     assert sorted(leaders(shown)) == ["tiny (one)", "tiny (two)"]
     shown.click("#board tr:has(th:text-is('tiny (two)')) .failures")
-    assert shown.inner_text("#count") == "1 of 2 episodes"
+    expect(shown.locator("#count")).to_have_text("1 of 2 episodes")
 
 
 def test_dark_by_preference_and_by_switch(view: Opener) -> None:
