@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pytest_pocket import records
 from pytest_pocket.registry import shipped
-from pytest_pocket.training import dpo, recipe
+from pytest_pocket.training import dpo, fit, recipe
 from pytest_pocket.training.dpo import Pair
 from pytest_pocket.training.fit import Rendered, State, TrainingError
 
@@ -165,6 +165,25 @@ def test_a_record_that_claims_other_tokens_than_the_assistants_is_refused(run: P
     with pytest.raises(TrainingError, match="other tokens were sampled than the chat template gives"):
         dpo.texts({**record, "replies": [first, shifted, *others]}, words())
     assert sum(text.targets) == sum(len(reply["completion_ids"]) for reply in record["replies"])
+
+
+def test_pairs_that_another_tokenizer_cannot_write_are_left_out_and_counted(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Malformed calls of hot episodes, which the template of a model with other tokens would spell otherwise."""
+    every, _ = dpo.pairs([run], words(), PLAN)
+    rendered = fit.sampled
+
+    def refused(tokenizer: Any, turns: Any, think: bool) -> Any:
+        if any("tool_calls" in turn for turn in turns[2:]):
+            raise fit.NotWritten("another way")
+        return rendered(tokenizer, turns, think)
+
+    monkeypatch.setattr(fit, "sampled", refused)
+    made, left_out = dpo.pairs([run], byte_tokenizer(), PLAN)
+    counted = left_out["of another tokenizer, and not as this template writes"]
+    assert counted > 0
+    assert len(made) + counted == len(every)
 
 
 def test_a_run_without_pairs_says_what_it_lacks(suite_run: Path, tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from pytest_pocket import export, records
 from pytest_pocket.registry import file_hash
 from pytest_pocket.training import checkpoint, fit, recipe, stage, world
 from pytest_pocket.training.evaluate import on_dev
-from pytest_pocket.training.fit import Rendered, TrainingError
+from pytest_pocket.training.fit import NotWritten, Rendered, TrainingError
 from pytest_pocket.training.journal import Journal
 from pytest_pocket.training.recipe import Preference
 from pytest_pocket.training.rlvr import sequences
@@ -42,11 +42,13 @@ def pairs(directories: Sequence[Path], tokenizer: Any, plan: Preference) -> tupl
     """The pairs of some runs, and what was left out, by reason.  Raises ExportError, RecordsError, TrainingError."""
     found = [record for directory in directories for record in records.load(directory)[1]]
     left_out: Counter[str] = Counter()
+    made = []
     with records.of_this_version():
-        made = [
-            Pair(better["prompt"], texts(better, tokenizer), texts(worse, tokenizer))
-            for better, worse in export.pairs(found, left_out, plan.similar)
-        ]
+        for better, worse in export.pairs(found, left_out, plan.similar):
+            try:
+                made.append(Pair(better["prompt"], texts(better, tokenizer), texts(worse, tokenizer)))
+            except NotWritten:
+                left_out["of another tokenizer, and not as this template writes"] += 1
     if not made:
         raise TrainingError(
             f"no pairs in {', '.join(map(str, directories))} ({export.listed(left_out) or 'no episodes'}): "
@@ -69,7 +71,7 @@ def texts(record: Mapping[str, Any], tokenizer: Any) -> list[Rendered]:
     found = sequences(turns, record["prompt"])
     try:
         ids, targets = fit.sampled(tokenizer, spoken, record["think"])
-    except TrainingError:
+    except NotWritten:
         return found  # what was sampled is nothing that the template would write
     length = len(found[0].ids)
     if ids[:length] == found[0].ids and targets[:length] != found[0].targets:

@@ -39,6 +39,10 @@ class TrainingError(RuntimeError):
     """A run that cannot go on, said in one line; the last checkpoint is intact."""
 
 
+class NotWritten(TrainingError):
+    """A conversation that holds what the chat template would write otherwise."""
+
+
 @dataclass(frozen=True)
 class Rendered:
     """One text to learn from: a trace under a condition, plain source, or copies.
@@ -97,7 +101,7 @@ def sampled(tokenizer: Any, turns: Sequence[Mapping[str, Any]], think: bool) -> 
                 raise ValueError
             end = ids.index(tokenizer.eos_token_id, len(asked)) + 1
         except ValueError:
-            raise TrainingError(
+            raise NotWritten(
                 "the chat template writes a turn otherwise once it is over "
                 f"(turn {number + 1}, thinking {'on' if think else 'off'}): what is sampled could not be trained on; "
                 "use a template that keeps what it wrote"
