@@ -189,11 +189,11 @@ def report(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Make one HTML page of runs, with every episode behind its numbers; it opens without a network."""
-    from pytest_pocket import page, registry
+    from pytest_pocket import page, records, registry
 
     names = [run.resolve().name for run in runs]
     read = [
-        page.Run(name if names.count(name) == 1 else str(run), *_run(run))
+        records.Recorded(name if names.count(name) == 1 else str(run), *_run(run))
         for name, run in zip(names, runs, strict=True)
     ]
     if len({each.name for each in read}) < len(read):
@@ -356,11 +356,11 @@ def push(
 ) -> None:
     """Put a checkpoint with a model card (where it comes from, what it scored) in a folder or on the hub."""
     from pytest_pocket import push as pushing
-    from pytest_pocket import registry
+    from pytest_pocket import records, registry
 
     try:
         model = registry.Registry(registry.from_pyproject(Path("pyproject.toml"))).resolve(name)
-        measured = [pushing.Measured(str(each), *_run(each)) for each in run or []]
+        measured = [records.Recorded(str(each), *_run(each)) for each in run or []]
         done = pushing.push(model, to, measured)
     except (registry.ModelError, pushing.PushError) as error:
         _stop(error)

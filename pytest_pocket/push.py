@@ -11,17 +11,17 @@ import os
 import re
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pytest_pocket import report
+from pytest_pocket.records import Recorded
 from pytest_pocket.registry import MANIFEST, Model
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 FACTS = (
     "stage", "parent", "recipe", "recipe_sha256", "data_sha256", "seed", "data_seed", "tokens", "pairs", "minutes",
-    "hardware", "versions", "parameters", "suite", "tools_sha256", "template_sha256", "commit", "made",
+    "hardware", "versions", "parameters", "suite", "tools_sha256", "template_sha256", "parser_sha256", "commit", "made",
 )  # fmt: skip
 """What a card repeats of a manifest, in this order, where it is there."""
 
@@ -30,16 +30,7 @@ class PushError(Exception):
     """A checkpoint that cannot be pushed, said in one line: what, the value, what to do."""
 
 
-@dataclass(frozen=True)
-class Measured:
-    """A run in which the model was measured, by its name there."""
-
-    name: str
-    info: Mapping[str, Any]
-    found: Sequence[Mapping[str, Any]]
-
-
-def push(model: Model, to: str, measured: Sequence[Measured]) -> str:
+def push(model: Model, to: str, measured: Sequence[Recorded]) -> str:
     """Put a model's checkpoint and its card where ``to`` says; the folder or the address.  Raises PushError.
 
     ``OWNER/NAME`` is a repository of the hub, unless a folder OWNER is here; a folder is written with a ``./``,
@@ -59,7 +50,7 @@ def push(model: Model, to: str, measured: Sequence[Measured]) -> str:
     return str(_write(source, manifest, Path(to), model, card(manifest, model, measured)))
 
 
-def card(manifest: Mapping[str, Any], model: Model, measured: Sequence[Measured]) -> str:
+def card(manifest: Mapping[str, Any], model: Model, measured: Sequence[Recorded]) -> str:
     """The model card, Markdown with YAML ahead.  Raises PushError where a run did not measure this model."""
     try:
         from huggingface_hub import ModelCardData
@@ -88,7 +79,7 @@ def card(manifest: Mapping[str, Any], model: Model, measured: Sequence[Measured]
     )
 
 
-def _table(model: Model, run: Measured) -> str:
+def _table(model: Model, run: Recorded) -> str:
     known = run.info.get("models", {}).get(model.name, {})
     if known.get("digest") != model.digest:
         had = "other weights of that name" if known else ", ".join(run.info.get("models", {})) or "no model"

@@ -298,6 +298,15 @@ def _check_run(directory: Path) -> None:
         raise RecordsError(f"{directory} holds no {RUN}: give the directory of a run")
 
 
+@dataclass(frozen=True)
+class Recorded:
+    """A run that was read: a name for it, its ``run.json`` and its records."""
+
+    name: str
+    info: Mapping[str, Any]
+    found: Sequence[Mapping[str, Any]]
+
+
 def load(directory: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """What a run directory holds: ``run.json`` and the episodes.  Raises RecordsError.
 

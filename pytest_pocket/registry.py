@@ -121,16 +121,8 @@ def read_manifest(directory: Path) -> Model:
         }
         known_tools: dict[str, str] = manifest.get("tools", {})
         adapter_of = manifest.get("adapter_of", "")
-        if not all(
-            isinstance(value, str)
-            for value in (
-                name,
-                stage,
-                parent,
-                adapter_of,
-                *(*pinned.values(), *files.values(), *known_tools.values()),
-            )
-        ):
+        told = (name, stage, parent, adapter_of, *pinned.values(), *files.values(), *known_tools.values())
+        if not all(isinstance(value, str) for value in told):
             raise TypeError("every value must be a string")
     except FileNotFoundError:
         raise ModelError(
@@ -157,9 +149,9 @@ def read_manifest(directory: Path) -> Model:
     ]:
         here = tool_hashes() if known_tools else {}
         changed = [key for key in sorted(known_tools.keys() | here) if known_tools.get(key) != here.get(key)]
-        told = f" (schemas that differ: {', '.join(changed)})" if changed else ""
+        named = f" (schemas that differ: {', '.join(changed)})" if changed else ""
         raise ModelError(
-            f"checkpoint {name!r} in {directory} was made for another suite: {', '.join(different)}{told}; "
+            f"checkpoint {name!r} in {directory} was made for another suite: {', '.join(different)}{named}; "
             "train it again, or run it unpinned as hf:PATH"
         )
     target, adapter = str(directory), ""

@@ -9,6 +9,23 @@ from pathlib import Path
 import pytest
 
 
+def play_one_task(folder: Path, model: str) -> subprocess.CompletedProcess[str]:
+    """Play ``answer_directly`` with a model, in a process of its own."""
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "--pyargs",
+        "pytest_pocket.tasks",
+        "-q",
+        "-k",
+        "answer_directly",
+    ]
+    return subprocess.run(
+        [*command, f"--pocket-model={model}"], capture_output=True, text=True, timeout=120, cwd=folder
+    )
+
+
 def play_suite(folder: Path, *options: str) -> Path:
     """Play oracle and no-op on the shipped tasks, in a process of its own; the run directory."""
     command = [sys.executable, "-m", "pytest", "--pyargs", "pytest_pocket.tasks", "-q", "--tb=no"]

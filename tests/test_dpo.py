@@ -17,6 +17,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from suite_run import play_one_task
 from tiny_models import byte_tokenizer, make_qwen3
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -104,7 +105,6 @@ def test_near_identical_pairs_are_left_out_by_the_recipe(run: Path) -> None:
     few, left_out = dpo.pairs([run], words(), replace(PLAN, similar=0.5))
     assert len(few) + left_out["near-identical"] == len(all_of_them)
     assert left_out["near-identical"] > 0
-    assert left_out["near-identical"] > 0
 
 
 def test_from_a_run_to_a_checkpoint_that_is_a_model(run: Path, tmp_path: Path) -> None:
@@ -114,18 +114,7 @@ def test_from_a_run_to_a_checkpoint_that_is_a_model(run: Path, tmp_path: Path) -
     assert manifest["stage"] == "dpo"
     assert manifest["parent"] == "sft-run6"
     assert manifest["pairs"] == len(dpo.pairs([run], words(), recipe.load("smoke").dpo)[0])
-    played = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "--pyargs",
-        "pytest_pocket.tasks",
-        "-q",
-        "-k",
-        "answer_directly",
-    ]
-    model = "--pocket-model=.pocket/checkpoints/dpo"
-    result = subprocess.run([*played, model], capture_output=True, text=True, timeout=120, cwd=tmp_path)
+    result = play_one_task(tmp_path, ".pocket/checkpoints/dpo")
     assert result.returncode in (0, 1), result.stdout
     assert "dpo" in result.stdout
 

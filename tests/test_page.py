@@ -24,6 +24,7 @@ from pytest_pocket.chat import ChatReply, Message, ToolCall
 from pytest_pocket.cli import app
 from pytest_pocket.conditions import Condition
 from pytest_pocket.episode import Episode
+from pytest_pocket.records import Recorded
 from pytest_pocket.registry import Model
 from pytest_pocket.task import Check, Instance, Score
 
@@ -65,9 +66,9 @@ def view(browser: Browser, tmp_path: Path) -> Iterator[Opener]:
     heard: list[str] = []
     contexts = []
 
-    def opened(*runs: Path | page.Run, fragment: str = "", **options: Any) -> Page:
+    def opened(*runs: Path | Recorded, fragment: str = "", **options: Any) -> Page:
         file = tmp_path / "page.html"
-        read = [run if isinstance(run, page.Run) else page.Run(run.name, *records.load(run)) for run in runs]
+        read = [run if isinstance(run, Recorded) else Recorded(run.name, *records.load(run)) for run in runs]
         page.write(file, page.build(read))
         options = {"viewport": {"width": 1280, "height": 900}, **options}
         context = browser.new_context(offline=True, reduced_motion="reduce", **options)
@@ -106,8 +107,8 @@ def recorded(text: str, **changes: Any) -> dict[str, Any]:
     return {**made, **changes}
 
 
-def run_of(*found: dict[str, Any], name: str = "run", **info: Any) -> page.Run:
-    return page.Run(name, {"schema": 1, **info}, found)
+def run_of(*found: dict[str, Any], name: str = "run", **info: Any) -> Recorded:
+    return Recorded(name, {"schema": 1, **info}, found)
 
 
 def leaders(shown: Page) -> list[str]:
@@ -361,7 +362,7 @@ def test_ten_thousand_episodes_are_a_page_of_few_megabytes_that_opens_at_once(
         for record in json.loads(json.dumps(found).replace("the", f"the {round_:02}"))
     ]
     start = time.monotonic()
-    shown = view(page.Run("many", info, many), color_scheme="light")
+    shown = view(Recorded("many", info, many), color_scheme="light")
     assert len(many) > 10_000
     assert (tmp_path / "page.html").stat().st_size < 15 * 2**20
     timing = shown.evaluate(

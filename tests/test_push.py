@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import yaml
+from suite_run import play_one_task
 from typer.testing import CliRunner
 
 from pytest_pocket import records, report
@@ -44,17 +43,7 @@ def test_a_pushed_checkpoint_is_the_same_model_with_a_card(tmp_path: Path) -> No
     manifest = json.loads((shipped() / "sft-run6" / "pocket.json").read_text())
     for key in ("data_sha256", "recipe_sha256", "parent"):
         assert report.quoted(str(manifest[key])) in body
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "--pyargs",
-        "pytest_pocket.tasks",
-        "-q",
-        "-k",
-        "answer_directly",
-    ]
-    done = subprocess.run([*command, "--pocket-model=pushed"], capture_output=True, text=True, cwd=tmp_path)
+    done = play_one_task(tmp_path, "pushed")
     assert done.returncode in (0, 1), done.stderr
     assert "1 passed" in done.stdout or "2 passed" in done.stdout
 

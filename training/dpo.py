@@ -101,14 +101,7 @@ def parts(batch: Sequence[Pair], tokens: int) -> Iterator[list[Pair]]:
     def longest(pair: Pair) -> int:
         return max(len(text.ids) for text in (*pair.better, *pair.worse))
 
-    part: list[Pair] = []
-    for pair in sorted(batch, key=longest):
-        if part and 2 * (len(part) + 1) * longest(pair) > tokens:
-            yield part
-            part = []
-        part.append(pair)
-    if part:
-        yield part
+    return fit.within(sorted(batch, key=longest), lambda pair: 2 * longest(pair), tokens)
 
 
 def logprobs(model: Any, episodes: Sequence[Sequence[Rendered]]) -> tuple[Any, Any]:

@@ -13,10 +13,10 @@ import os
 import random
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pytest_pocket.conditions import SYSTEM_PROMPTS
 from pytest_pocket.tools import SCHEMAS
@@ -32,6 +32,7 @@ PLAIN_WORD = re.compile(r"(?<![^\s(])[A-Za-z]+(?=[.,:;!?)]*(?:\s|$))")
 WARMUP = 0.02
 DECAY = 0.3
 SAVE_SECONDS = 120.0
+T = TypeVar("T")
 Evaluate = Callable[[], Mapping[str, float]]
 
 
@@ -326,6 +327,18 @@ def check_finite(*losses: float) -> None:
 def schedule(done: float) -> float:
     """The factor on the learning rate when a share ``done`` of the tokens is seen: up, level, down."""
     return min(1.0, (done + 1e-3) / WARMUP, max(0.02, (1.0 - done) / DECAY))
+
+
+def within(items: Iterable[T], width: Callable[[T], int], tokens: int) -> Iterator[list[T]]:
+    """Parts, in order, of at most ``tokens`` padded tokens, or of one item; an item is ``width`` tokens wide."""
+    part: list[T] = []
+    for item in items:
+        if part and (len(part) + 1) * width(item) > tokens:
+            yield part
+            part = []
+        part.append(item)
+    if part:
+        yield part
 
 
 def tensors(batch: list[Rendered]) -> tuple[Any, Any]:

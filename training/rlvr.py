@@ -174,14 +174,8 @@ def samples(groups: Sequence[Sequence[Episode]], plan: RL) -> tuple[list[Sample]
 
 def packed(batch: Sequence[Sample], tokens: int) -> Iterator[list[Sample]]:
     """Parts of at most ``tokens`` padded tokens (or of one text), of like conditions and lengths."""
-    part: list[Sample] = []
-    for sample in sorted(batch, key=lambda sample: (sample.text.prompt, len(sample.text.ids))):
-        if part and len(sample.text.ids) * (len(part) + 1) > tokens:
-            yield part
-            part = []
-        part.append(sample)
-    if part:
-        yield part
+    ordered = sorted(batch, key=lambda sample: (sample.text.prompt, len(sample.text.ids)))
+    return fit.within(ordered, lambda sample: len(sample.text.ids), tokens)
 
 
 def logprobs(model: Any, part: Sequence[Sample], temperature: float) -> tuple[Any, Any]:
@@ -303,7 +297,7 @@ def learn(
     saved = state.load(model, optimizers)
     step = saved.get("step", 0)
     tally = Tally(saved.get("tally", {}))
-    proven = False
+    resumed = step
     model.eval()
     workshop = Workshop(sandbox.select("auto"))
     backend = HFBackend.around(model, tokenizer)
@@ -312,9 +306,8 @@ def learn(
             while step < plan.steps:
                 backend.weights_changed()
                 groups = rollouts(plan, step, backend, workshop, tally)
-                if not proven:
+                if step == resumed:
                     prove_rollouts(model, groups)
-                    proven = True
                 tally.add(groups)
                 found, counts = samples(groups, plan)
                 learned = {}

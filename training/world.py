@@ -50,9 +50,8 @@ def gathered(items: list[T]) -> list[T]:
         return items
     from accelerate.utils import gather_object
 
-    counted = gather_object(
-        [(place, rank, item) for rank in [_state().process_index] for place, item in enumerate(items)]
-    )
+    rank = _state().process_index
+    counted = gather_object([(place, rank, item) for place, item in enumerate(items)])
     return [item for _, _, item in sorted(counted, key=lambda each: each[:2])]
 
 
@@ -72,8 +71,3 @@ def average_gradients(model: Any) -> None:
         if parameter.requires_grad:
             mine = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
             parameter.grad = reduce(mine, "mean")
-
-
-def wait() -> None:
-    """Wait until all processes are here."""
-    _state().wait_for_everyone()

@@ -14,7 +14,6 @@ import json
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from importlib import resources
 from itertools import islice
 from pathlib import Path
@@ -22,6 +21,7 @@ from typing import Any
 from urllib.parse import urlencode
 
 from pytest_pocket import comparison, records, report, statistics
+from pytest_pocket.records import Recorded
 from pytest_pocket.registry import MANIFEST, Model
 
 CHUNK = 64
@@ -38,16 +38,7 @@ class PageError(Exception):
     """A page that cannot be made, said in one line: what, the value, what to do."""
 
 
-@dataclass(frozen=True)
-class Run:
-    """A run directory that was read: its name, ``run.json`` and the records."""
-
-    name: str
-    info: Mapping[str, Any]
-    found: Sequence[Mapping[str, Any]]
-
-
-def build(runs: Sequence[Run], models: Mapping[str, Model] = {}) -> str:
+def build(runs: Sequence[Recorded], models: Mapping[str, Model] = {}) -> str:
     """The page of some runs.  ``models`` are those whose manifests say what their training cost.
 
     Raises PageError where Jinja is missing, RecordsError for a foreign record.
@@ -282,7 +273,7 @@ def _ledger(lines: Sequence[Line]) -> dict[str, Any]:
     }
 
 
-def _arc(runs: Sequence[Run], lines: Sequence[Line]) -> list[dict[str, Any]]:
+def _arc(runs: Sequence[Recorded], lines: Sequence[Line]) -> list[dict[str, Any]]:
     """The stages of each family, parents first, at the first condition of each model."""
     known = {name: model for run in runs for name, model in run.info.get("models", {}).items()}
     shown: dict[str, Line] = {}
@@ -328,7 +319,9 @@ def _pareto(lines: Sequence[Line]) -> list[dict[str, Any]]:
     return sorted(points, key=lambda point: float(point["tokens"]))
 
 
-def _costs(runs: Sequence[Run], models: Mapping[str, Model], lines: Sequence[Line]) -> list[dict[str, Any]]:
+def _costs(
+    runs: Sequence[Recorded], models: Mapping[str, Model], lines: Sequence[Line]
+) -> list[dict[str, Any]]:
     """What each stage gained over its parent, and what it cost: minutes of training, tokens and seconds an episode."""
     known = {name: model for run in runs for name, model in run.info.get("models", {}).items()}
     shown: dict[str, Sequence[Row]] = {}
@@ -374,7 +367,7 @@ def _manifest(model: Model | None, digest: str) -> Mapping[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def _provenance(run: Run) -> dict[str, Any]:
+def _provenance(run: Recorded) -> dict[str, Any]:
     info = run.info
     git, hardware = info.get("git", {}), info.get("hardware", {})
     facts = {
@@ -399,7 +392,7 @@ def _provenance(run: Run) -> dict[str, Any]:
     }
 
 
-def _episodes(runs: Sequence[Run], shown: set[str]) -> tuple[dict[str, Any], list[str]]:
+def _episodes(runs: Sequence[Recorded], shown: set[str]) -> tuple[dict[str, Any], list[str]]:
     """What the list of episodes needs, by column, and the episodes themselves, packed."""
     columns: dict[str, list[Any]] = {
         key: []
