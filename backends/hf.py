@@ -106,7 +106,7 @@ class HFBackend:
         path, adapter = _base_of(path, adapter)
         device = pick_device(device)
         dtype = dtype or ("float32" if device == "cpu" else "auto")
-        self._serve(_load_model(path, adapter, device, dtype), _load_tokenizer(path), path, batch)
+        self._serve(_load_model(path, adapter, device, dtype), load_tokenizer(path), path, batch)
 
     @classmethod
     def around(cls, model: Any, tokenizer: Any, batch: int = 64) -> HFBackend:
@@ -194,15 +194,7 @@ class HFBackend:
         """The conversation as token ids; with ``prompt``, ending where the model is to write."""
         # The fast tokenizers keep state while they encode: one thread at a time.
         with self._rendering:
-            ids = self._tokenizer.apply_chat_template(
-                [message.to_dict() for message in messages],
-                tools=[dict(tool) for tool in tools] or None,
-                add_generation_prompt=prompt,
-                enable_thinking=think,
-                sanitize_control_tokens=True,
-                return_dict=False,
-            )
-        return list(ids)
+            return render(self._tokenizer, messages, tools, think=think, prompt=prompt)
 
     def _decode(self, ids: Sequence[int]) -> str:
         return str(self._tokenizer.decode(ids, clean_up_tokenization_spaces=False))
@@ -730,7 +722,8 @@ def pick_device(device: str | None) -> str:
         raise ModelError(f"unknown device {device!r}: use cpu, cuda, cuda:1 or mps") from None
 
 
-def _load_tokenizer(path: str) -> Any:
+def load_tokenizer(path: str) -> Any:
+    """The tokenizer of a directory or hub name.  Raises ModelError."""
     from transformers import AutoTokenizer
     from transformers.utils import logging
 
@@ -742,6 +735,31 @@ def _load_tokenizer(path: str) -> Any:
         )
     except Exception as error:
         raise ModelError(f"cannot load the tokenizer of {path!r}: {_first_line(error)}") from error
+
+
+def render(
+    tokenizer: Any,
+    messages: Iterable[Message],
+    tools: Iterable[Mapping[str, Any]],
+    *,
+    think: bool,
+    prompt: bool = True,
+    sanitize: bool = True,
+) -> list[int]:
+    """A conversation as token ids; with ``prompt``, ending where the model is to write.
+
+    With ``sanitize``, the text of a special token is only text.
+    """
+    return list(
+        tokenizer.apply_chat_template(
+            [message.to_dict() for message in messages],
+            tools=[dict(tool) for tool in tools] or None,
+            add_generation_prompt=prompt,
+            enable_thinking=think,
+            sanitize_control_tokens=sanitize,
+            return_dict=False,
+        )
+    )
 
 
 def _load_model(path: str, adapter: str | None, device: str, dtype: str) -> Any:

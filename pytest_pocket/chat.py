@@ -62,13 +62,14 @@ class ChatRequest:
     """What a backend is asked: the conversation so far, the tools' JSON schemas (OpenAI shape), the sampling.
 
     ``episode`` is ``"TASK:SEED"`` of the instance being attempted.  Engines may log it; only the scripted
-    backends act on it.
+    backends act on it.  ``seconds`` is how long the reply may take, for engines that can give up in time.
     """
 
     messages: tuple[Message, ...]
     tools: tuple[Mapping[str, Any], ...]
     sampling: Sampling
     episode: str = ""
+    seconds: float | None = None
 
 
 @dataclass(frozen=True)
@@ -77,8 +78,9 @@ class ChatReply:
 
     ``calls`` is empty when the model ended its turn.  ``malformed`` says, in words meant for the model, why
     what it wrote is not a call; such a reply has no calls.  ``finish`` is ``"length"`` when ``max_tokens`` or
-    the context window ended the reply.  ``truncated`` means that the engine cut the *prompt*: the episode is
-    invalid.  ``logprob`` is the sum of the log-probabilities (nats, temperature 1) of the sampled tokens.
+    the context window ended the reply, ``"time"`` when the request's seconds did while the model was writing.
+    ``truncated`` means that the engine cut the *prompt*: the episode is invalid.  ``logprob`` is the sum of the
+    log-probabilities (nats, temperature 1) of the sampled tokens.
     ``evidence`` holds what the engine really saw (options, a hash of the rendered prompt), for the record.
     ``prompt_ids`` and ``completion_ids`` are the tokens themselves, from engines that give them: reinforcement
     learning trains on exactly these.
@@ -88,7 +90,7 @@ class ChatReply:
     thinking: str = ""
     calls: tuple[ToolCall, ...] = ()
     malformed: str = ""
-    finish: Literal["stop", "length"] = "stop"
+    finish: Literal["stop", "length", "time"] = "stop"
     truncated: bool = False
     prompt_tokens: int = 0
     completion_tokens: int = 0

@@ -210,8 +210,11 @@ def play(
                 seed=reply_seed(seed, instance, sample, len(replies)),
                 max_tokens=min(budget.reply_tokens, budget.tokens - spent),
             )
+            left = budget.seconds - (time.monotonic() - start)
             reply = backend.chat(
-                ChatRequest(tuple(messages), tools.SCHEMAS, sampling, f"{instance.task}:{instance.seed}")
+                ChatRequest(
+                    tuple(messages), tools.SCHEMAS, sampling, f"{instance.task}:{instance.seed}", left
+                )
             )
             replies.append(reply)
             messages.append(reply.message())
@@ -221,8 +224,8 @@ def play(
                     "truncated",
                     detail="the engine cut the prompt: give it a larger context window",
                 )
-            if reply.finish == "length":
-                stop = "tokens"
+            if reply.finish != "stop":
+                stop = "seconds" if reply.finish == "time" else "tokens"
             elif reply.malformed:
                 malformed += 1
                 messages.append(Message("user", f"Error: {reply.malformed}"))

@@ -106,7 +106,7 @@ def _split_calls(text: str, schemas: Sequence[Mapping[str, Any]]) -> tuple[str, 
         if not starts:
             break
         call, position = _read_call(text, min(starts), schemas)
-        if _depth(call.arguments) > MAX_DEPTH:
+        if nesting(call.arguments) > MAX_DEPTH:
             raise _Malformed(f"the arguments of {call.name} are nested more than {MAX_DEPTH} levels deep")
         calls.append(call)
     if "</tool_call>" in "".join(outside):
@@ -169,7 +169,7 @@ def _read_xml(text: str, start: int, schemas: Sequence[Mapping[str, Any]]) -> tu
     raise _Malformed(f"the call of {name} is not closed: </function> is missing after its parameters")
 
 
-def _depth(value: object) -> int:
+def nesting(value: object) -> int:
     """The levels of nesting, counted without recursion."""
     depth, level = 0, [value]
     while level := [each for each in level if isinstance(each, dict | list)]:

@@ -11,9 +11,11 @@ import hashlib
 import json
 import re
 import tomllib
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
 from importlib import resources
+from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Any
 
@@ -218,6 +220,32 @@ def _hf(model: Model) -> Backend:
     return HFBackend(model.target, adapter=model.adapter or None, **model.options)
 
 
+def _openai(model: Model) -> Backend:
+    with _extra("openai"):
+        from pytest_pocket.backends.openai import OpenAIBackend, parse_target
+
+    name, url = parse_target(model.target)
+    return OpenAIBackend(name, **{"base_url": url, **model.options})
+
+
+def _ollama(model: Model) -> Backend:
+    with _extra("ollama"):
+        from pytest_pocket.backends.ollama import OllamaBackend
+
+    return OllamaBackend(model.target, **model.options)
+
+
+@contextmanager
+def _extra(name: str) -> Iterator[None]:
+    """Say which extra brings a package that is missing."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise ModelError(
+            f"the backend {name!r} needs the package {error.name!r}: pip install 'pytest-pocket[{name}]'"
+        ) from None
+
+
 def _oracle(model: Model) -> Backend:
     from pytest_pocket.backends.scripted import OracleBackend
 
@@ -230,23 +258,48 @@ def _noop(model: Model) -> Backend:
     return NoopBackend()
 
 
+def _installed() -> dict[str, Factory]:
+    """The backends that other packages bring, by the entry points ``pytest_pocket.backends``."""
+
+    def factory(entry: EntryPoint) -> Factory:
+        return lambda model: entry.load()(model)
+
+    return {entry.name: factory(entry) for entry in entry_points(group="pytest_pocket.backends")}
+
+
 class Registry:
     """All models and backends that one session knows.  A later registration of a name replaces an earlier one."""
 
     def __init__(self, models: Iterable[Model] = (), backends: Mapping[str, Factory] = {}) -> None:
-        self.backends: dict[str, Factory] = {"hf": _hf, "oracle": _oracle, "noop": _noop, **backends}
+        self.backends: dict[str, Factory] = {
+            "hf": _hf,
+            "vllm": self._vllm,
+            "ollama": _ollama,
+            "openai": _openai,
+            "oracle": _oracle,
+            "noop": _noop,
+            **_installed(),
+            **backends,
+        }
+        self._asked: dict[str, Model] = {}
         self.models = {model.name: model for model in (*SCRIPTED, *from_checkpoints(shipped()), *models)}
 
     def resolve(self, name: str) -> Model:
         """The model of a registered name, of ``BACKEND:TARGET``, or of a checkpoint directory.
 
-        Raises ModelError that names the models there are.
+        A target that is itself a checkpoint of ours is that checkpoint, served by the other engine.  Raises
+        ModelError that names the models there are.
         """
+        model = self._found(name)
+        self._asked[name] = model
+        return model
+
+    def _found(self, name: str) -> Model:
         if model := self.models.get(name):
             return self._known(model)
         backend, colon, target = name.partition(":")
         if colon and backend in self.backends and target:
-            return Model(name, backend, target)
+            return self._served(name, backend, target)
         if (Path(name) / MANIFEST).is_file():
             return self._known(read_manifest(Path(name)))
         raise ModelError(
@@ -257,6 +310,35 @@ class Registry:
     def build(self, model: Model) -> Backend:
         """The engine of a model, loaded.  Raises ModelError."""
         return self.backends[model.backend](model)
+
+    def _served(self, name: str, backend: str, target: str) -> Model:
+        """A model written as BACKEND:TARGET."""
+        served = target.partition("@")[0] if backend == "openai" else target
+        checkpoint = self.models.get(served)
+        if checkpoint is None and (Path(served) / MANIFEST).is_file():
+            checkpoint = read_manifest(Path(served))
+        if checkpoint is None or checkpoint.backend != "hf" or backend not in ("vllm", "ollama", "openai"):
+            return Model(name, backend, target)
+        if backend == "vllm":
+            # The very files: what they are is known.  Another engine's copy only bears the name.
+            options = {"served": checkpoint.name, "reference": checkpoint.target}
+            return replace(checkpoint, name=name, backend=backend, options=options)
+        return Model(
+            name,
+            backend,
+            target,
+            parent=checkpoint.parent,
+            stage=checkpoint.stage,
+            description=checkpoint.description,
+            options={"reference": checkpoint.target},
+        )
+
+    def _vllm(self, model: Model) -> Backend:
+        with _extra("vllm"):
+            from pytest_pocket.backends import vllm
+
+        siblings = [each for each in self._asked.values() if each.backend == "vllm"]
+        return vllm.build(model, siblings or [model])
 
     def _known(self, model: Model) -> Model:
         if model.backend not in self.backends:

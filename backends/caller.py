@@ -1,0 +1,146 @@
+"""What the engines behind HTTP share: threads that wait for an asynchronous client, with bounded retries.
+
+A thread cannot be interrupted while it reads from a socket; a task of an event loop can, at once, and the
+engine then sees the connection end and stops generating.  So every request is a task.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import threading
+from collections.abc import Awaitable, Callable
+from typing import Any, TypeVar
+
+import httpx
+import tenacity
+
+from pytest_pocket.chat import Cancelled, EngineError
+
+T = TypeVar("T")
+TRIES = 4
+LONGEST_WAIT = 8.0
+"""Seconds between two tries, at most; an engine that is busy says itself (Retry-After) when to come back."""
+SECONDS = 600.0
+"""How long a request may take that belongs to no episode."""
+PASSING = frozenset({408, 409, 425, 429, 502, 503, 504})
+"""HTTP statuses that may be gone at the next try.  500 is not: engines answer so to a model's malformed call."""
+
+
+class Caller:
+    """Awaits one client's requests for many threads.
+
+    ``explain`` puts an error into one line for the user: the model, the server, what to do.
+    """
+
+    def __init__(self, explain: Callable[[Exception], str]) -> None:
+        self._explain = explain
+        self._loop = asyncio.new_event_loop()
+        self._known: set[concurrent.futures.Future[Any]] = set()
+        self._lock = threading.Lock()
+        self._cancelled = False
+        self._down = False
+        self._thread = threading.Thread(target=self._loop.run_forever, name="pocket-http", daemon=True)
+        self._thread.start()
+
+    def call(self, request: Callable[[], Awaitable[T]], seconds: float | None = None) -> T:
+        """The result of a request, tried again while its error may pass.
+
+        Raises EngineError for the server's faults, Cancelled after ``cancel``; other errors are the caller's to
+        understand: answers of the server that are no fault of the line.
+        """
+        with self._lock:
+            if self._cancelled:
+                raise Cancelled
+            future = asyncio.run_coroutine_threadsafe(self._persist(request, seconds or SECONDS), self._loop)
+            self._known.add(future)
+        try:
+            return future.result()
+        except concurrent.futures.CancelledError:
+            raise Cancelled from None
+        except TimeoutError as error:
+            raise EngineError(
+                f"{self._explain(error)}: no reply within {seconds or SECONDS:.0f} s; "
+                "raise --pocket-timeout, or lower --pocket-in-flight"
+            ) from None
+        except Exception as error:
+            if may_pass(error):
+                raise EngineError(self._explain(error)) from error
+            raise
+        finally:
+            with self._lock:
+                self._known.discard(future)
+
+    def cancel(self) -> None:
+        """Make requests in flight, and later ones, raise Cancelled.  From any thread."""
+        with self._lock:
+            self._cancelled = True
+            known = tuple(self._known)
+        for future in known:
+            future.cancel()
+
+    def close(self, client: Callable[[], Awaitable[None]]) -> None:
+        """Cancel, close the client, and end the thread."""
+        self.cancel()
+        if self._loop.is_closed():
+            return
+        closing = asyncio.run_coroutine_threadsafe(_settled(client), self._loop)
+        concurrent.futures.wait([closing], timeout=2.0)
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join(timeout=2.0)
+        if not self._thread.is_alive():
+            self._loop.close()
+
+    async def _persist(self, request: Callable[[], Awaitable[T]], seconds: float) -> T:
+        # A server that was gone a moment ago is asked once: a run of many episodes must not wait for each.
+        tries = 1 if self._down else TRIES
+        retrying = tenacity.AsyncRetrying(
+            retry=tenacity.retry_if_exception(may_pass),
+            wait=_pause,
+            stop=tenacity.stop_after_attempt(tries),
+            reraise=True,
+        )
+
+        async def once() -> T:
+            return await request()
+
+        try:
+            async with asyncio.timeout(seconds):
+                result = await retrying(once)
+        except Exception as error:
+            self._down = _unreachable(error)
+            raise
+        self._down = False
+        return result
+
+
+def may_pass(error: BaseException) -> bool:
+    """Whether the same request may be answered at the next try."""
+    return _unreachable(error) or _status(error) in PASSING
+
+
+def _unreachable(error: BaseException) -> bool:
+    """Whether no answer came at all.  Clients hide httpx's error behind their own."""
+    return any(isinstance(each, httpx.TransportError | ConnectionError) for each in (error, error.__cause__))
+
+
+def _status(error: BaseException) -> int | None:
+    return getattr(error, "status_code", None)
+
+
+def _pause(state: tenacity.RetryCallState) -> float:
+    error = state.outcome.exception() if state.outcome else None
+    response = getattr(error, "response", None)
+    try:
+        asked = float(response.headers["retry-after"]) if response is not None else 0.0
+    except (KeyError, ValueError):
+        asked = 0.0
+    jittered = tenacity.wait_random_exponential(multiplier=0.25, max=LONGEST_WAIT)(state)
+    return min(max(asked, 0.0), LONGEST_WAIT) + jittered
+
+
+async def _settled(client: Callable[[], Awaitable[None]]) -> None:
+    """Let cancelled tasks end, then close the client they used."""
+    others = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
+    await asyncio.gather(*others, return_exceptions=True)
+    await client()
