@@ -12,7 +12,6 @@ import threading
 from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar
 
-import httpx
 import tenacity
 
 from pytest_pocket.chat import Cancelled, EngineError
@@ -30,11 +29,13 @@ PASSING = frozenset({408, 409, 425, 429, 502, 503, 504})
 class Caller:
     """Awaits one client's requests for many threads.
 
-    ``explain`` puts an error into one line for the user: the model, the server, what to do.
+    ``explain`` puts an error into one line for the user: the model, the server, what to do.  ``lost`` are the
+    client's errors that mean that no answer came at all.
     """
 
-    def __init__(self, explain: Callable[[Exception], str]) -> None:
+    def __init__(self, explain: Callable[[Exception], str], lost: tuple[type[Exception], ...]) -> None:
         self._explain = explain
+        self._lost = lost
         self._loop = asyncio.new_event_loop()
         self._known: set[concurrent.futures.Future[Any]] = set()
         self._lock = threading.Lock()
@@ -64,7 +65,7 @@ class Caller:
                 "raise --pocket-timeout, or lower --pocket-in-flight"
             ) from None
         except Exception as error:
-            if may_pass(error):
+            if self._may_pass(error):
                 raise EngineError(self._explain(error)) from error
             raise
         finally:
@@ -95,7 +96,7 @@ class Caller:
         # A server that was gone a moment ago is asked once: a run of many episodes must not wait for each.
         tries = 1 if self._down else TRIES
         retrying = tenacity.AsyncRetrying(
-            retry=tenacity.retry_if_exception(may_pass),
+            retry=tenacity.retry_if_exception(self._may_pass),
             wait=_pause,
             stop=tenacity.stop_after_attempt(tries),
             reraise=True,
@@ -106,26 +107,16 @@ class Caller:
 
         try:
             async with asyncio.timeout(seconds):
-                result = await retrying(once)
+                result: T = await retrying(once)
         except Exception as error:
-            self._down = _unreachable(error)
+            self._down = isinstance(error, self._lost)
             raise
         self._down = False
         return result
 
-
-def may_pass(error: BaseException) -> bool:
-    """Whether the same request may be answered at the next try."""
-    return _unreachable(error) or _status(error) in PASSING
-
-
-def _unreachable(error: BaseException) -> bool:
-    """Whether no answer came at all.  Clients hide httpx's error behind their own."""
-    return any(isinstance(each, httpx.TransportError | ConnectionError) for each in (error, error.__cause__))
-
-
-def _status(error: BaseException) -> int | None:
-    return getattr(error, "status_code", None)
+    def _may_pass(self, error: BaseException) -> bool:
+        """Whether the same request may be answered at the next try."""
+        return isinstance(error, self._lost) or getattr(error, "status_code", None) in PASSING
 
 
 def _pause(state: tenacity.RetryCallState) -> float:

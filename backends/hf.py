@@ -756,7 +756,7 @@ def render(
             tools=[dict(tool) for tool in tools] or None,
             add_generation_prompt=prompt,
             enable_thinking=think,
-            sanitize_control_tokens=sanitize,
+            **({"sanitize_control_tokens": True} if sanitize else {}),  # transformers from 5.23 on
             return_dict=False,
         )
     )

@@ -82,7 +82,7 @@ class OllamaBackend:
         try:
             self._client = ollama.AsyncClient(host=host)
             self.host = str(self._client._client.base_url.copy_with(userinfo=b"")).rstrip("/")
-            self._caller = Caller(self._explain)
+            self._caller = Caller(self._explain, (httpx.TransportError, ConnectionError))
             self._options: dict[str, Any] = {}
             self._capabilities = self._introduce(num_ctx)
             found = probe(self._probed, str(self))

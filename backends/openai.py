@@ -90,9 +90,8 @@ class OpenAIBackend:
             api_key=api_key or os.environ.get("OPENAI_API_KEY") or "none",
             max_retries=0,  # the caller retries, for all engines in one way
             timeout=None,  # and knows how long an episode has
-            http_client=openai.DefaultAsyncHttpxClient(limits=httpx.Limits(max_connections=1024)),
         )
-        self._caller = Caller(self._explain)
+        self._caller = Caller(self._explain, (openai.APIConnectionError,))
         self.model_window = 0
         self._proof: Mapping[str, int] = {}
         try:
