@@ -31,6 +31,12 @@ DIALECTS: dict[str, dict[str, Any]] = {
     "llamacpp": {"top_k": 0, "min_p": 0.0, "repeat_penalty": 1.0, "typical_p": 1.0, "cache_prompt": True},
 }
 """By who ``/v1/models`` says owns a model: fields that switch off what the server would add to the sampling."""
+CALLS_BY = {"llamacpp": "suite"}
+"""Who reads the calls, where it is not the engine.
+
+llama.cpp forces the text of a call into the grammar that it takes a template for: a model that was trained on
+another layout of the same tags then writes what it never would.  So it is asked for the text alone.
+"""
 THINK_BY = ("chat_template_kwargs", "none")
 START_SECONDS = 300.0
 """How long a probe may take: a server may load the model at its first request."""
@@ -49,8 +55,9 @@ class OpenAIBackend:
 
     ``think_by`` says how thinking is switched: by the template's ``enable_thinking``, or ``none`` for a server
     that takes no such field, where thinking cannot be asked for.  ``reference`` is the folder of the same
-    checkpoint, where it is known: prompts are then held against it.  ``extra`` is added to every request.
-    Raises ModelError.
+    checkpoint, where it is known: prompts are then held against it.  ``calls_by`` says who reads the calls out
+    of the text: ``engine``, or ``suite``, and then the engine is asked not to (``tool_choice``); ``CALLS_BY`` has
+    the defaults.  ``extra`` is added to every request.  Raises ModelError.
 
     ``supports_think`` and ``supports_temperature`` are what the probe has shown; ``model_window`` is the
     server's context window in tokens, 0 where it does not tell.
@@ -67,6 +74,7 @@ class OpenAIBackend:
         api_key: str | None = None,
         think_by: str = "chat_template_kwargs",
         reference: str | None = None,
+        calls_by: str | None = None,
         extra: Mapping[str, Any] = {},
     ) -> None:
         base_url = base_url or os.environ.get("OPENAI_BASE_URL")
@@ -78,6 +86,8 @@ class OpenAIBackend:
             raise ModelError(f"server address {base_url!r} is no http address: write http://HOST:PORT/v1")
         if think_by not in THINK_BY:
             raise ModelError(f"think_by {think_by!r}: choose from {', '.join(THINK_BY)}")
+        if calls_by not in (None, "engine", "suite"):
+            raise ModelError(f"calls_by {calls_by!r}: choose from engine, suite")
         self.name, self.base_url = name, base_url.rstrip("/")
         # What is shown and recorded is without a password that the address may hold.
         self.shown = str(httpx.URL(self.base_url).copy_with(userinfo=b""))
@@ -96,6 +106,7 @@ class OpenAIBackend:
         self._proof: Mapping[str, int] = {}
         try:
             self._dialect = self._introduce()
+            self._calls_by = calls_by or CALLS_BY.get(self._dialect, "engine")
             found = probe(self._probed, str(self))
         except BaseException:
             self.close()
@@ -158,6 +169,8 @@ class OpenAIBackend:
         if self._think_by == "chat_template_kwargs":
             body["chat_template_kwargs"] = {"enable_thinking": sampling.think}
         fields: dict[str, Any] = {"tools": list(request.tools)} if request.tools else {}
+        if request.tools and self._calls_by == "suite":
+            fields["tool_choice"] = "none"
         completion = self._caller.call(
             lambda: self._client.chat.completions.create(
                 model=self.name,
