@@ -89,8 +89,10 @@ class HFBackend:
     Only safetensors are read, and no code that comes with a model is run.  Raises ModelError.
 
     ``supports_think`` says whether the model's template has a switch for thinking; ``model_window`` is the
-    context window in tokens.
+    context window in tokens; ``neutral`` that the text of a special token is text.
     """
+
+    neutral = True
 
     def __init__(
         self,
@@ -103,10 +105,10 @@ class HFBackend:
     ) -> None:
         if batch < 1:
             raise ModelError(f"batch {batch} is not at least 1")
-        path, adapter = _base_of(path, adapter)
+        path, adapter = base_of(path, adapter)
         device = pick_device(device)
         dtype = dtype or ("float32" if device == "cpu" else "auto")
-        self._serve(_load_model(path, adapter, device, dtype), load_tokenizer(path), path, batch)
+        self._serve(load_model(path, adapter, device, dtype), load_tokenizer(path), path, batch)
 
     @classmethod
     def around(cls, model: Any, tokenizer: Any, batch: int = 64) -> HFBackend:
@@ -171,6 +173,12 @@ class HFBackend:
             prompt_ids=tuple(prompt),
             completion_ids=tuple(row.tokens),
         )
+
+    def forced(self, request: ChatRequest, text: str) -> ChatReply:
+        """What this engine makes of a reply with that text: for the conformance suite."""
+        prompt = self._decode(self._render(request.messages, request.tools, think=request.sampling.think))
+        row = _Row([], 0, 0.0, float, Future(), tokens=self._tokenizer.encode(text, add_special_tokens=False))
+        return ChatReply(**vars(self._parse(prompt, row, request)))
 
     def cancel(self) -> None:
         """Make requests in flight, and later ones, raise Cancelled at once."""
@@ -663,7 +671,7 @@ def _thinking_open(ending: str) -> bool:
     return ending.rfind("<think>") > ending.rfind("</think>")
 
 
-def _base_of(path: str, adapter: str | None) -> tuple[str, str | None]:
+def base_of(path: str, adapter: str | None) -> tuple[str, str | None]:
     """The base and the adapter; a path that holds only an adapter stands for both.  Raises ModelError."""
     directory = Path(path).expanduser()
     if directory.is_dir():
@@ -762,7 +770,7 @@ def render(
     )
 
 
-def _load_model(path: str, adapter: str | None, device: str, dtype: str) -> Any:
+def load_model(path: str, adapter: str | None, device: str, dtype: str) -> Any:
     """The model, ready to run.  Raises ModelError when a weight is missing, rather than run a random one."""
     import torch
     from transformers import AutoModelForCausalLM

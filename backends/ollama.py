@@ -201,7 +201,6 @@ class OllamaBackend:
             tools=list(request.tools) or None,
             stream=True,
             think=sampling.think if "thinking" in self._capabilities else None,
-            logprobs=True,
             options={
                 **self._options,
                 "temperature": sampling.temperature,
@@ -224,11 +223,11 @@ class OllamaBackend:
         if not (heard.done or heard.late):
             raise EngineError(f"{self} ended its reply in the middle")
         said = wire.Said("".join(heard.content), "".join(heard.thinking), tuple(heard.calls))
-        parsed, reader = wire.read(said, request.tools)
+        parsed = wire.read(said, request.tools)
         evidence: Evidence = {
             **self._sent(request),
             "finish_reason": heard.reason,
-            "calls_read_by": reader,
+            "calls_read_by": "engine" if heard.calls else "suite",
         }
         if parsed.thinking and not request.sampling.think and not getattr(self, "supports_think", True):
             raise EngineError(
@@ -244,7 +243,6 @@ class OllamaBackend:
             truncated=not late and self._tripwire.cut(request, heard.prompt_tokens, evidence),
             prompt_tokens=heard.prompt_tokens,
             completion_tokens=heard.completion_tokens,
-            logprob=heard.logprob,
             evidence=evidence,
         )
 
@@ -290,7 +288,6 @@ class _Heard:
         self.done = False
         self.reason = ""
         self.prompt_tokens = self.completion_tokens = 0
-        self.logprob: float | None = None
 
     @property
     def anything(self) -> bool:
@@ -302,8 +299,6 @@ class _Heard:
         self.calls += [
             (call.function.name, call.function.arguments) for call in part.message.tool_calls or ()
         ]
-        if part.logprobs:
-            self.logprob = (self.logprob or 0.0) + sum(token.logprob for token in part.logprobs)
         if part.done:
             self.done = True
             self.reason = part.done_reason or ""

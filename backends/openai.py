@@ -9,10 +9,11 @@ Replies are not streamed: servers parse calls out of a stream by other, younger 
 
 from __future__ import annotations
 
+import json
 import os
 import re
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
 
 import httpx
 import openai
@@ -31,11 +32,18 @@ DIALECTS: dict[str, dict[str, Any]] = {
     "llamacpp": {"top_k": 0, "min_p": 0.0, "repeat_penalty": 1.0, "typical_p": 1.0, "cache_prompt": True},
 }
 """By who ``/v1/models`` says owns a model: fields that switch off what the server would add to the sampling."""
-CALLS_BY = {"llamacpp": "suite"}
-"""Who reads the calls, where it is not the engine.
+FORCED: dict[str, Callable[[str], dict[str, Any]]] = {
+    "vllm": lambda text: {"structured_outputs": {"choice": [text]}},
+    "llamacpp": lambda text: {"grammar": f"root ::= {json.dumps(text, ensure_ascii=False)}"},
+}
+"""How a server is made to write one text and no other."""
+BY_SUITE = ("llamacpp", "vllm")
+"""Servers whose text is had whole, so that the suite reads the calls in it, as it does for ``hf``.
 
-llama.cpp forces the text of a call into the grammar that it takes a template for: a model that was trained on
-another layout of the same tags then writes what it never would.  So it is asked for the text alone.
+Found by the conformance suite: vLLM's qwen3_coder parser drops a malformed call without a trace, and makes of a
+call that the limit has cut a whole one without arguments; llama.cpp forces a call into the grammar that it takes
+the template for, so that a model that was trained on another layout of the same tags writes what it never would.
+llama.cpp is asked to leave the text alone (``tool_choice``); vLLM tells the tokens that it sampled.
 """
 THINK_BY = ("chat_template_kwargs", "none")
 START_SECONDS = 300.0
@@ -56,8 +64,8 @@ class OpenAIBackend:
     ``think_by`` says how thinking is switched: by the template's ``enable_thinking``, or ``none`` for a server
     that takes no such field, where thinking cannot be asked for.  ``reference`` is the folder of the same
     checkpoint, where it is known: prompts are then held against it.  ``calls_by`` says who reads the calls out
-    of the text: ``engine``, or ``suite``, and then the engine is asked not to (``tool_choice``); ``CALLS_BY`` has
-    the defaults.  ``extra`` is added to every request.  Raises ModelError.
+    of the text: ``engine``, or ``suite``, the default for the servers in ``BY_SUITE``.  ``extra`` is added to
+    every request.  Raises ModelError.
 
     ``supports_think`` and ``supports_temperature`` are what the probe has shown; ``model_window`` is the
     server's context window in tokens, 0 where it does not tell.
@@ -106,7 +114,7 @@ class OpenAIBackend:
         self._proof: Mapping[str, int] = {}
         try:
             self._dialect = self._introduce()
-            self._calls_by = calls_by or CALLS_BY.get(self._dialect, "engine")
+            self._calls_by = calls_by or ("suite" if self._dialect in BY_SUITE else "engine")
             found = probe(self._probed, str(self))
         except BaseException:
             self.close()
@@ -130,6 +138,20 @@ class OpenAIBackend:
                 return self._without_room(request, text)
             raise EngineError(self._explain(error)) from error
         except openai.OpenAIError as error:
+            raise EngineError(self._explain(error)) from error
+
+    def forced(self, request: ChatRequest, text: str) -> ChatReply:
+        """What the engine makes of a reply with that text, which it is forced to write: for the conformance suite.
+
+        Raises EngineError where this server cannot be forced.
+        """
+        if self._dialect not in FORCED:
+            raise EngineError(f"{self} cannot be made to write a given text")
+        try:
+            return self._ask(request, request.sampling.max_tokens, FORCED[self._dialect](text))
+        except openai.APIStatusError as error:
+            if UNREADABLE.search(_message(error)):
+                return self._unread(request, _message(error))
             raise EngineError(self._explain(error)) from error
 
     def cancel(self) -> None:
@@ -163,13 +185,13 @@ class OpenAIBackend:
         except EngineError as error:
             raise ModelError(str(error)) from error
 
-    def _ask(self, request: ChatRequest, max_tokens: int) -> ChatReply:
+    def _ask(self, request: ChatRequest, max_tokens: int, more: Mapping[str, Any] = {}) -> ChatReply:
         sampling = request.sampling
-        body = {**DIALECTS.get(self._dialect, {}), **self._extra}
+        body = {**DIALECTS.get(self._dialect, {}), **self._extra, **more}
         if self._think_by == "chat_template_kwargs":
             body["chat_template_kwargs"] = {"enable_thinking": sampling.think}
         fields: dict[str, Any] = {"tools": list(request.tools)} if request.tools else {}
-        if request.tools and self._calls_by == "suite":
+        if request.tools and self._calls_by == "suite" and self._dialect != "vllm":
             fields["tool_choice"] = "none"
         completion = self._caller.call(
             lambda: self._client.chat.completions.create(
@@ -185,46 +207,65 @@ class OpenAIBackend:
             ),
             request.seconds,
         )
-        return self._reply(request, completion)
+        return self._reply(request, completion, max_tokens)
 
-    def _reply(self, request: ChatRequest, completion: Any) -> ChatReply:
+    def _reply(self, request: ChatRequest, completion: Any, max_tokens: int) -> ChatReply:
         if not getattr(completion, "choices", None) or completion.choices[0].message is None:
             raise EngineError(f"{self} answered without a message")
         choice = completion.choices[0]
-        said = wire.Said(
+        usage = completion.usage
+        prompt_tokens, completion_tokens = (usage.prompt_tokens, usage.completion_tokens) if usage else (0, 0)
+        # vLLM says "tool_calls" of a call that the limit has cut, too.
+        cut = choice.finish_reason == "tool_calls" and completion_tokens >= max_tokens
+        finish: Literal["stop", "length"] = "length" if cut or choice.finish_reason == "length" else "stop"
+        prompt_ids = tuple((completion.model_extra or {}).get("prompt_token_ids") or ())
+        completion_ids = tuple((choice.model_extra or {}).get("token_ids") or ())
+        theirs = wire.Said(
             choice.message.content or "",
             _text(choice.message, "reasoning_content") or _text(choice.message, "reasoning"),
             tuple((call.function.name, call.function.arguments) for call in choice.message.tool_calls or ()),
         )
-        parsed, reader = wire.read(said, request.tools)
-        if parsed.thinking and not request.sampling.think and not getattr(self, "supports_think", True):
-            raise EngineError(
-                f"{self} thinks though it was told not to, and has no switch: think off is not honoured"
-            )
-        usage = completion.usage
-        prompt_tokens = usage.prompt_tokens if usage else 0
-        told = completion.model_extra or {}
-        prompt_ids = tuple(told.get("prompt_token_ids") or ())
         evidence: Evidence = {
             **self._sent(request),
             "engine": self._dialect,
             "finish_reason": str(choice.finish_reason),
-            "calls_read_by": reader,
         }
+        if self._calls_by == "suite" and completion_ids:
+            sampled = completion_ids[:-1] if finish == "stop" else completion_ids
+            whole = wire.Said(self._decode(sampled))
+            parsed = wire.read(whole, request.tools, thinking_open=request.sampling.think)
+            evidence["engine_reads_the_same"] = int(wire.read(theirs, request.tools).calls == parsed.calls)
+        else:
+            inside = request.sampling.think and self._calls_by == "suite" and not theirs.thinking
+            parsed = wire.read(theirs, request.tools, thinking_open=inside)
+        if parsed.thinking and not request.sampling.think and not getattr(self, "supports_think", True):
+            raise EngineError(
+                f"{self} thinks though it was told not to, and has no switch: think off is not honoured"
+            )
+        evidence["calls_read_by"] = "engine" if theirs.calls and self._calls_by == "engine" else "suite"
         return ChatReply(
             parsed.content,
             thinking=parsed.thinking,
             calls=parsed.calls,
             malformed=parsed.malformed,
-            finish="length" if choice.finish_reason == "length" else "stop",
+            finish=finish,
             truncated=self._tripwire.cut(request, prompt_tokens, evidence, prompt_ids),
             prompt_tokens=prompt_tokens,
-            completion_tokens=usage.completion_tokens if usage else 0,
+            completion_tokens=completion_tokens,
             logprob=_logprob(choice),
             evidence=evidence,
             prompt_ids=prompt_ids,
-            completion_ids=tuple((choice.model_extra or {}).get("token_ids") or ()),
+            completion_ids=completion_ids,
         )
+
+    def _decode(self, ids: Sequence[int]) -> str:
+        """The text of tokens, special ones included: by the checkpoint's tokenizer, or the server's."""
+        if self._reference:
+            return self._reference.decode(ids)
+        root = self._client.with_options(base_url=self.base_url.removesuffix("/v1"))
+        body = {"model": self.name, "tokens": list(ids)}
+        told = self._caller.call(lambda: root.post("/detokenize", body=body, cast_to=object), START_SECONDS)
+        return str(told["prompt"]) if isinstance(told, dict) else ""
 
     def _sent(self, request: ChatRequest) -> Evidence:
         sampling = request.sampling

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from pytest_pocket.chat import Message, ToolCall
@@ -64,15 +64,12 @@ def ollama_messages(messages: Iterable[Message]) -> list[dict[str, Any]]:
     return made
 
 
-def read(said: Said, tools: Sequence[Mapping[str, Any]]) -> tuple[Parsed, str]:
-    """The reply, and who read its calls: ``"engine"``, ``"suite"`` where the engine had not, or ``""``."""
+def read(said: Said, tools: Sequence[Mapping[str, Any]], *, thinking_open: bool = False) -> Parsed:
+    """The reply.  ``thinking_open`` says that its text begins inside of the thinking."""
     if not said.calls:
-        parsed = parse(said.content, thinking_open=False, schemas=tools)
-        thinking = said.thinking.strip("\n") or parsed.thinking
-        return (
-            Parsed(parsed.content, thinking, parsed.calls, parsed.malformed),
-            "suite" if parsed.calls or parsed.malformed else "",
-        )
+        parsed = parse(said.content, thinking_open=thinking_open, schemas=tools)
+        return replace(parsed, thinking=said.thinking.strip("\n") or parsed.thinking)
+    thinking = said.thinking.strip("\n")
     calls = []
     for name, given in said.calls:
         try:
@@ -82,9 +79,9 @@ def read(said: Said, tools: Sequence[Mapping[str, Any]]) -> tuple[Parsed, str]:
         else:
             problem = f"the arguments of {name} are no object"
         if not isinstance(arguments, Mapping):
-            return Parsed(said.content, said.thinking.strip("\n"), malformed=problem), "engine"
+            return Parsed(said.content, thinking, malformed=problem)
         if nesting(arguments) > MAX_DEPTH:
             problem = f"the arguments of {name} are nested more than {MAX_DEPTH} levels deep"
-            return Parsed(said.content, said.thinking.strip("\n"), malformed=problem), "engine"
+            return Parsed(said.content, thinking, malformed=problem)
         calls.append(ToolCall(name, dict(arguments)))
-    return Parsed(said.content.strip("\n"), said.thinking.strip("\n"), tuple(calls)), "engine"
+    return Parsed(said.content.strip("\n"), thinking, tuple(calls))

@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
+from pytest_pocket import ollama_cli
+
 if TYPE_CHECKING:
     from pytest_pocket.chat import Message
     from pytest_pocket.registry import Model
@@ -32,6 +34,7 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
+app.add_typer(ollama_cli.app, name="ollama")
 
 
 def _stop(message: object) -> NoReturn:

@@ -22,6 +22,7 @@ from pytest_pocket import hookspecs
 
 if TYPE_CHECKING:
     from pytest_pocket.attempt import Attempt, Cell
+    from pytest_pocket.conformance import Subject, Subjects
     from pytest_pocket.gate import Gates
     from pytest_pocket.registry import Registry
     from pytest_pocket.session import Session
@@ -58,6 +59,7 @@ GROUPS = ("read", "run", "write", "react", "stop")
 NO_MODEL = "no model: give --pocket-model=NAME, one or more of"
 MODELS = pytest.StashKey[str]()
 SESSION = pytest.StashKey["Session"]()
+SUBJECTS = pytest.StashKey["Subjects"]()
 HOOKED = pytest.StashKey["tuple[int, dict[Path, list[Task]]]"]()
 
 
@@ -77,6 +79,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
             f"--pocket-{name.replace('_', '-')}", dest=f"pocket_{name}", metavar=metavar, help=text, **more
         )
         parser.addini(f"pocket_{name}", text, default="")
+    group.addoption(
+        "--pocket-conformance",
+        action="store_true",
+        help="instead of the tasks, ask the models' engines whether they do what is asked of them",
+    )
     group.addoption(
         "--pocket-list", action="store_true", help="show the models, tasks and conditions there are, and end"
     )
@@ -113,7 +120,7 @@ def pytest_configure(config: pytest.Config) -> None:
         config.addinivalue_line("markers", f"{group}: pocket tasks of the group {group!r}")
     for marker in ("model", "backend", "condition"):
         config.addinivalue_line("markers", f"{marker}(name): the {marker} of a pocket test")
-    if not any(_value(config, name) for name in OPTIONS):
+    if not (config.option.pocket_conformance or any(_value(config, name) for name in OPTIONS)):
         return
     from pytest_pocket import options
     from pytest_pocket.session import Session
@@ -121,6 +128,8 @@ def pytest_configure(config: pytest.Config) -> None:
     with _usage_errors():
         asked = options.read(functools.partial(_value, config))
         if not asked.models:
+            if config.option.pocket_conformance:
+                raise options.OptionError("--pocket-conformance needs --pocket-model: the engines to ask")
             return
         _hooked_tasks(config)
         command = ("pytest", *map(str, config.invocation_params.args))
@@ -128,6 +137,9 @@ def pytest_configure(config: pytest.Config) -> None:
         if (told := getattr(config, "workerinput", {}).get("pocket")) is not None:
             session.join(told)
     config.stash[SESSION] = session
+    if config.option.pocket_conformance:
+        _conform(config, session)
+        return
     playing = Playing(config, session)
     if not playing.worker and asked.gated:
         from pytest_pocket.gate import Gates
@@ -164,7 +176,9 @@ def pytest_collect_file(
     """A file of tasks is a module of tests, beside what others make of it."""
     found = yield
     if file_path.suffix == ".py" and not any(isinstance(collector, TaskFile) for collector in found):
-        if _is_shipped(file_path):
+        if SUBJECTS in parent.config.stash and file_path == _conformance_file():
+            found.append(ConformanceFile.from_parent(parent, path=file_path, nodeid="conformance"))
+        elif _is_shipped(file_path):
             found.append(_shipped_file(file_path, parent))
         elif tasks := _hooked_tasks(parent.config).get(file_path.resolve()):
             collector = TaskFile.from_parent(parent, path=file_path)
@@ -240,6 +254,101 @@ def _test_of(task: Task, cells: list[Cell], session: Session | None) -> Callable
     ]
     marked = group(pytest.mark.parametrize("pocket_cell", parameters)(test))
     return marked
+
+
+class ConformanceFile(pytest.Module):
+    """The properties of the conformance suite as test functions, one parameter set for each engine."""
+
+    def _getobj(self) -> types.ModuleType:
+        from pytest_pocket import conformance
+
+        subjects = self.config.stash[SUBJECTS]
+        parameters = [pytest.param(name, id=label) for name, label in subjects.labels.items()]
+        module = types.ModuleType("conformance")
+        for name, ask in conformance.PROPERTIES.items():
+            setattr(
+                module, name, pytest.mark.parametrize("subject", parameters)(_question(name, ask, subjects))
+            )
+        return module
+
+    def funcnamefilter(self, name: str) -> bool:
+        """Every function here is a test."""
+        return True
+
+
+def _question(name: str, ask: Callable[[Subject], None], subjects: Subjects) -> Callable[..., None]:
+    from pytest_pocket.chat import EngineError
+    from pytest_pocket.conformance import NotShown
+    from pytest_pocket.registry import ModelError
+
+    def test(subject: str) -> None:
+        wrong = ""
+        try:
+            ask(subjects.subject(subject))
+        except NotShown as reason:
+            pytest.skip(str(reason))
+        except (AssertionError, EngineError, ModelError) as error:
+            wrong = str(error) or "the property does not hold"
+        if wrong:
+            pytest.fail(wrong, pytrace=False)
+
+    test.__name__ = test.__qualname__ = name
+    test.__doc__ = ask.__doc__
+    test.place_as = ask  # type: ignore[attr-defined]  # where pytest says that it stands
+    return test
+
+
+def _conform(config: pytest.Config, session: Session) -> None:
+    """Let this run ask engines, and collect nothing else."""
+    from pytest_pocket.conformance import Subjects
+    from pytest_pocket.options import OptionError
+
+    with _usage_errors():
+        if config.pluginmanager.has_plugin("dsession") or hasattr(config, "workerinput"):
+            raise OptionError("--pocket-conformance asks many requests at once by itself: run it without -n")
+    config.stash[SUBJECTS] = Subjects(session)
+    config.args[:] = [str(_conformance_file())]
+    config.pluginmanager.register(Conforming(config), "pocket-conforming")
+
+
+class Conforming:
+    """The hooks of a session that asks engines."""
+
+    def __init__(self, config: pytest.Config) -> None:
+        self.config = config
+        self.results: dict[tuple[str, str], str] = {}
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
+        """Engine by engine, whatever another plugin has shuffled: one at a time is loaded."""
+        order = list(self.config.stash[SUBJECTS].labels)
+        items.sort(key=lambda item: order.index(_subject_of(item)))
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_makereport(self, item: pytest.Item) -> Generator[None, Any, Any]:
+        """Note how each question was answered."""
+        report = yield
+        if report.when == "call":
+            self.results[_subject_of(item), item.name.partition("[")[0]] = report.outcome
+        return report
+
+    def pytest_runtest_teardown(self, item: pytest.Item, nextitem: pytest.Item | None) -> None:
+        """Free an engine after its last question."""
+        if nextitem is None or _subject_of(nextitem) != _subject_of(item):
+            self.config.stash[SUBJECTS].close(_subject_of(item))
+
+    def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
+        """The table of engine by property."""
+        from pytest_pocket import conformance
+
+        if self.results:
+            terminalreporter.write_line("")
+            for line in conformance.table(self.results):
+                terminalreporter.write_line(line)
+
+
+def _subject_of(item: pytest.Item) -> str:
+    return str(item.callspec.params["subject"])  # type: ignore[attr-defined]
 
 
 class Playing:
@@ -473,6 +582,11 @@ def _tasks_folder() -> Path | None:
     """Where the shipped tasks are, without importing them."""
     spec = importlib.util.find_spec("pytest_pocket.tasks")
     return Path(spec.origin).parent.resolve() if spec and spec.origin else None
+
+
+def _conformance_file() -> Path:
+    """The module of the conformance suite, which is what is collected for it."""
+    return Path(__file__).with_name("conformance.py")
 
 
 def _is_tasks_folder(path: Path) -> bool:

@@ -221,7 +221,7 @@ def _hf(model: Model) -> Backend:
 
 
 def _openai(model: Model) -> Backend:
-    with _extra("openai"):
+    with extra("openai"):
         from pytest_pocket.backends.openai import OpenAIBackend, parse_target
 
     name, url = parse_target(model.target)
@@ -229,20 +229,20 @@ def _openai(model: Model) -> Backend:
 
 
 def _ollama(model: Model) -> Backend:
-    with _extra("ollama"):
+    with extra("ollama"):
         from pytest_pocket.backends.ollama import OllamaBackend
 
     return OllamaBackend(model.target, **model.options)
 
 
 @contextmanager
-def _extra(name: str) -> Iterator[None]:
-    """Say which extra brings a package that is missing."""
+def extra(name: str) -> Iterator[None]:
+    """Say which extra brings a package that is missing.  Raises ModelError."""
     try:
         yield
     except ModuleNotFoundError as error:
         raise ModelError(
-            f"the backend {name!r} needs the package {error.name!r}: pip install 'pytest-pocket[{name}]'"
+            f"the package {error.name!r} is missing: pip install 'pytest-pocket[{name}]'"
         ) from None
 
 
@@ -334,7 +334,7 @@ class Registry:
         )
 
     def _vllm(self, model: Model) -> Backend:
-        with _extra("vllm"):
+        with extra("vllm"):
             from pytest_pocket.backends import vllm
 
         siblings = [each for each in self._asked.values() if each.backend == "vllm"]

@@ -110,6 +110,13 @@ class Session:
                 self._engines[name] = self._build(self.models[name])
             return self._engines[name]
 
+    def release(self, name: str) -> None:
+        """Free one engine, if it is loaded."""
+        with self._loading:
+            engine = self._engines.pop(name, None)
+        if engine:
+            engine.close()
+
     def start_pool(self, cells: Iterable[Cell]) -> None:
         """From now on, play ahead of what is asked for."""
         self._pool = Pool(self.play, self.missing(cells), self.options.in_flight)
