@@ -460,12 +460,13 @@ class Playing:
             reporter.write_line(f"pocket: records in {directory}")
 
     def _decide(self, session: pytest.Session) -> None:
-        if failure := self.session.failure:
-            session.exitstatus = pytest.ExitCode.USAGE_ERROR
-            self.verdict = [str(failure)]
-            self.session.discard_empty_records()
-        elif self.gates and self.tally.rows:
+        if self.gates and self.tally.rows:
             self._judge(session, self.gates)
+        if self.session.records_directory:
+            self.verdict += map(str, self.session.failures.values())
+        if self.controller and self.session.hopeless:
+            session.exitstatus = pytest.ExitCode.USAGE_ERROR
+            self.session.discard_empty_records()
 
     def _judge(self, session: pytest.Session, gates: Gates) -> None:
         """Let the gates decide, and write the summary."""
@@ -502,13 +503,16 @@ def _pocket_attempt(request: pytest.FixtureRequest, pocket_cell: Cell | None) ->
     if pocket_cell is None:
         pytest.skip(_no_model(request.config))
     session = request.config.stash[SESSION]
-    reason = ""
+    reason, ends = "", True
     try:
         attempt = session.result(pocket_cell)
     except (ModelError, RecordsError, Cancelled) as error:
         reason = str(error) or "cancelled: the session ends"
+        # Other models may have their engines.
+        ends = not isinstance(error, ModelError) or len(session.models) == 1
     if reason:
-        request.session.shouldstop = reason
+        if ends:
+            request.session.shouldstop = reason
         pytest.fail(reason, pytrace=False)
     properties = attempt.properties(session.models[pocket_cell.model].backend)
     kept = [pair for pair in request.node.user_properties if pair[0] not in properties]

@@ -40,6 +40,8 @@ class Session:
         self._command = command
         self._directory = directory
         self._engines: dict[str, Backend] = {}
+        self.failures: dict[str, ModelError] = {}
+        """Why models have no engine, by their names."""
         self._loading = threading.Lock()
         self._remote: tuple[str, bytes] | None = None
         self._run: records.Run | None = None
@@ -69,7 +71,8 @@ class Session:
     def open(self, cells: Iterable[Cell] = ()) -> None:
         """Find a sandbox that works, load the engines that the cells need, and begin the records.
 
-        Raises SandboxUnavailable, ModelError or RecordsError, and then leaves no record.
+        A model whose engine cannot be had is left to ``failures``, where another one can be.  Raises
+        SandboxUnavailable, ModelError or RecordsError, and then leaves no record.
         """
         self._workshop = Workshop(sandbox.select(self.options.sandbox))
         asked = {
@@ -106,8 +109,14 @@ class Session:
         with self._loading:
             if self._cancelled:
                 raise Cancelled
+            if name in self.failures:
+                raise self.failures[name]
             if name not in self._engines:
-                self._engines[name] = self._build(self.models[name])
+                try:
+                    self._engines[name] = self._build(self.models[name])
+                except ModelError as error:
+                    self.failures[name] = error
+                    raise
             return self._engines[name]
 
     def release(self, name: str) -> None:
@@ -170,9 +179,9 @@ class Session:
         watch(*self._remote, self.cancel)
 
     @property
-    def failure(self) -> ModelError | None:
-        """Why an engine could not be loaded for a worker."""
-        return self._server.failure if self._server else None
+    def hopeless(self) -> bool:
+        """Whether no model has an engine."""
+        return len(self.failures) == len(self.models)
 
     def cancel(self) -> None:
         """End everything that is in flight, at once: requests and sandboxes first.  Idempotent, from any thread."""
@@ -212,15 +221,26 @@ class Session:
 
     def _prepare(self, cells: Iterable[Cell]) -> None:
         wanted: dict[str, bool] = {}
+        hot: dict[str, bool] = {}
         for cell in cells:
             wanted[cell.model] = wanted.get(cell.model, False) or cell.condition.think
+            hot[cell.model] = hot.get(cell.model, False) or cell.condition.temperature > 0
         for name, think in wanted.items():
-            check_think(name, self.engine(name), think)
+            with contextlib.suppress(ModelError):
+                self.engine(name)
+            if name in self._engines:
+                check_conditions(name, self._engines[name], think, hot[name])
+        if wanted and not wanted.keys() - self.failures.keys():
+            raise next(iter(self.failures.values()))
 
     def _chat(self, name: str, request: ChatRequest) -> ChatReply:
-        """Answer a worker.  Raises ModelError, which ends the session."""
+        """Answer a worker.  Raises ModelError."""
         engine = self.engine(name)
-        check_think(name, engine, request.sampling.think)
+        try:
+            check_conditions(name, engine, request.sampling.think, request.sampling.temperature > 0)
+        except ModelError as error:
+            self.failures[name] = error
+            raise
         return engine.chat(request)
 
     def _build(self, model: Model) -> Backend:
@@ -239,12 +259,14 @@ class Session:
             ) from error
 
 
-def check_think(name: str, engine: Backend, think: bool) -> None:
-    """Raise ModelError when a model is asked to think that is known to have no switch for it."""
+def check_conditions(name: str, engine: Backend, think: bool, hot: bool) -> None:
+    """Raise ModelError when a model is asked for what its engine is known not to do."""
     if think and getattr(engine, "supports_think", None) is False:
         raise ModelError(
             f"--pocket-think on: model {name!r} has no switch for thinking in its chat template; use off"
         )
+    if hot and getattr(engine, "supports_temperature", None) is False:
+        raise ModelError(f"--pocket-temperature above 0 changes nothing for model {name!r}; use 0")
 
 
 def _labels(models: Iterable[Model]) -> dict[str, str]:

@@ -30,10 +30,7 @@ LONGEST_PATH = 90
 
 
 class Server:
-    """Answers workers until ``close``, by ``chat(model's name, request)``, from a thread for each connection.
-
-    ``failure`` is the first ModelError that it raised: no worker can do anything about that.
-    """
+    """Answers workers until ``close``, by ``chat(model's name, request)``, from a thread for each connection."""
 
     def __init__(self, chat: Callable[[str, ChatRequest], ChatReply]) -> None:
         self._chat = chat
@@ -43,7 +40,6 @@ class Server:
             os.path.join(self._folder, "engines"), "AF_UNIX", backlog=64, authkey=self.authkey
         )
         self.address = str(self._listener.address)
-        self.failure: ModelError | None = None
         self._connections: set[Connection[Any, Any]] = set()
         self._lock = threading.Lock()
         self._closed = False
@@ -95,9 +91,6 @@ class Server:
         """A reply, or the exception to raise in the worker."""
         try:
             return self._chat(model, request)
-        except ModelError as error:
-            self.failure = self.failure or error
-            return error
         except PASSED_ON as error:
             return error
         except Exception as error:

@@ -54,6 +54,22 @@ def test_an_engine_that_cannot_be_loaded_is_a_usage_error_there_too(project: Pro
     assert not (project.path / "records").exists()
 
 
+@pytest.mark.parametrize("workers", [(), ("-n", "2")], ids=["serial", "xdist"])
+def test_a_model_without_an_engine_is_an_error_and_the_others_finish(
+    project: Project, workers: tuple[str, ...]
+) -> None:
+    result = project.start("--pocket-model=toy:unloadable,half-right", "--runs=4", *workers, plugins=XDIST)
+    result.assert_outcomes(passed=4, failed=4, errors=8)
+    assert result.ret == pytest.ExitCode.TESTS_FAILED
+    assert "pocket: the weights of 'unloadable' are missing: fetch them" in result.outlines
+    assert {record["model"] for record in project.records()} == {"half-right"}
+
+
+def test_a_model_without_an_engine_outweighs_a_good_mean(project: Project) -> None:
+    result = project.start("--pocket-model=toy:unloadable,oracle", "--pocket-fail-under=0.5")
+    assert result.ret == pytest.ExitCode.TESTS_FAILED
+
+
 def test_a_wrong_option_stops_the_controller_before_any_worker_starts(project: Project) -> None:
     result = project.start("--pocket-model=gpt-9", "-n", "2", plugins=XDIST)
     assert result.ret == pytest.ExitCode.USAGE_ERROR
