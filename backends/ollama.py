@@ -27,7 +27,7 @@ from pytest_pocket.backends.probe import probe
 from pytest_pocket.backends.process import Process, free_port
 from pytest_pocket.backends.reference import Reference
 from pytest_pocket.backends.tripwire import Evidence, Tripwire
-from pytest_pocket.chat import ChatReply, ChatRequest, EngineError
+from pytest_pocket.chat import Cancelled, ChatReply, ChatRequest, EngineError
 from pytest_pocket.registry import ModelError
 
 NUM_CTX = 32768
@@ -110,6 +110,10 @@ class OllamaBackend:
                 return ChatReply("", malformed=problem, evidence=evidence)
             if TOO_LONG.search(text):
                 return ChatReply("", truncated=True, evidence=evidence)
+            raise EngineError(self._explain(error)) from error
+        except (EngineError, Cancelled):
+            raise
+        except Exception as error:  # an answer that is none of Ollama's
             raise EngineError(self._explain(error)) from error
         return self._reply(request, heard)
 

@@ -23,7 +23,7 @@ from pytest_pocket.backends.caller import Caller
 from pytest_pocket.backends.probe import probe
 from pytest_pocket.backends.reference import Reference
 from pytest_pocket.backends.tripwire import Evidence, Tripwire
-from pytest_pocket.chat import ChatReply, ChatRequest, EngineError
+from pytest_pocket.chat import Cancelled, ChatReply, ChatRequest, EngineError
 from pytest_pocket.registry import ModelError
 
 DIALECTS: dict[str, dict[str, Any]] = {
@@ -137,7 +137,9 @@ class OpenAIBackend:
             if error.status_code == 400 and TOO_LONG.search(text):
                 return self._without_room(request, text)
             raise EngineError(self._explain(error)) from error
-        except openai.OpenAIError as error:
+        except (EngineError, Cancelled):
+            raise
+        except Exception as error:  # an answer that is no completion, in any of the ways there are
             raise EngineError(self._explain(error)) from error
 
     def forced(self, request: ChatRequest, text: str) -> ChatReply:

@@ -90,8 +90,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 @pytest.hookimpl(wrapper=True)
-def pytest_load_initial_conftests(parser: pytest.Parser) -> Generator[None, Any, Any]:
+def pytest_load_initial_conftests(
+    early_config: pytest.Config, parser: pytest.Parser
+) -> Generator[None, Any, Any]:
     """Once every plugin and conftest has its options: ``--runs``, unless one of them is called so."""
+    known = early_config.known_args_namespace
+    if known.pocket_conformance:
+        # What will be collected instead has conftests above it, and models may come from the one that is here.
+        known.file_or_dir = [*known.file_or_dir, str(_conformance_file()), str(Path.cwd())]
     result = yield
     groups = [parser._anonymous, *parser._groups]
     if not any("--runs" in option.names() for group in groups for option in group.options):

@@ -145,15 +145,15 @@ def table(result: pytest.RunResult) -> list[str]:
     return [line for line in lines[start:] if not line.startswith("pocket:")]
 
 
-def processes(command: str) -> list[int]:
-    """The processes whose command line holds these words."""
+def processes(command: str, *, within: bool = False) -> list[int]:
+    """The processes whose command line is, or has ``within`` it, these words."""
     found = []
     for entry in Path("/proc").glob("[0-9]*"):
         try:
             words = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
         except OSError:
             continue
-        if words.strip() == command and int(entry.name) != os.getpid():
+        if (command in words if within else words.strip() == command) and int(entry.name) != os.getpid():
             found.append(int(entry.name))
     return found
 
