@@ -6,8 +6,11 @@ import signal
 from pathlib import Path
 
 import pytest
+from engine_fixtures import llama_server_binary, ollama_double, vllm_command
 from suite_run import play_suite
 from toy_project import Project
+
+__all__ = ["llama_server_binary", "ollama_double", "project", "suite_run", "vllm_command"]
 
 # A shell's background job ignores interrupts, and so would all that the tests start from it.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:

@@ -1,0 +1,69 @@
+"""The engines that tests run against.  tests/engines/README.md says which they are and how they are made.
+
+They are looked for in ``.engines`` (``ENGINES_DIR`` overrides it).  Where one is missing, tests that need it are
+skipped; with ``POCKET_ENGINES=required``, as in CI, they fail.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+SOURCES = ROOT / "tests" / "engines"
+
+
+def find(name: str, script: str) -> Path:
+    """The path of an engine's program.  Skips or fails the test where there is none."""
+    folder = ROOT / os.environ.get("ENGINES_DIR", ".engines")
+    program = folder / name
+    if not program.is_file():
+        message = f"no {program}: make it with `sh tests/engines/{script}`"
+        if os.environ.get("POCKET_ENGINES") == "required":
+            pytest.fail(message, pytrace=False)
+        pytest.skip(message)
+    return program
+
+
+@pytest.fixture(scope="session")
+def llama_server_binary() -> Path:
+    """llama.cpp's ``llama-server``."""
+    return find("llama-server", "llama.sh")
+
+
+@pytest.fixture(scope="session")
+def vllm_command() -> Path:
+    """The command ``vllm``, in an environment of its own."""
+    return find("vllm/bin/vllm", "vllm.sh")
+
+
+@pytest.fixture(scope="session")
+def ollama_double(llama_server_binary: Path) -> Iterator[str]:
+    """The address of a double of Ollama without any models, as ``OLLAMA_HOST`` takes it."""
+    command = [
+        sys.executable,
+        SOURCES / "ollama_double.py",
+        "--llama-server",
+        llama_server_binary,
+        "--port",
+        "0",
+    ]
+    # One thread: a tiny model gains nothing from more, and threads that wait for each other starve other tests.
+    environment = {**os.environ, "LLAMA_ARG_THREADS": "1"}
+    with subprocess.Popen(
+        list(map(str, command)), stdout=subprocess.PIPE, text=True, env=environment
+    ) as process:
+        try:
+            assert process.stdout is not None
+            line = process.stdout.readline()
+            found = re.search(r"http://\S+", line)
+            assert found, f"the double of Ollama did not start: {line!r}"
+            yield found[0]
+        finally:
+            process.terminate()

@@ -1,0 +1,177 @@
+"""The real engines: what each one does with a request, and that all of them give what transformers gives.
+
+vLLM and llama.cpp's server are real, Ollama is a double of its interface; tests/engines/README.md says more.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("openai")
+pytest.importorskip("gguf")
+
+from pytest_pocket import conformance, records
+from pytest_pocket.backends import gguf_file
+from pytest_pocket.backends.process import Process, free_port
+from pytest_pocket.registry import shipped
+
+MODEL = "rlvr-v1"
+VLLM = {
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "TORCHDYNAMO_DISABLE": "1",
+    "POCKET_VLLM_ARGS": "--dtype float32 --enforce-eager --max-num-seqs 16",
+}
+"""What vLLM needs on a machine without a GPU; float32, so that replies can be compared token by token."""
+NO_LONGER_TEXT = {"control tokens are text": "NO"}
+"""What no server does: it would have to tell the suite's text from the template's."""
+FORCED = (
+    "one call",
+    "several calls",
+    "unicode arguments",
+    "typed arguments",
+    "malformed call",
+    "unknown tool",
+)
+
+pytestmark = [pytest.mark.timeout(900), pytest.mark.xdist_group("engines")]
+
+
+def start(folder: Path, *options: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """A session in a folder of its own."""
+    return subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:randomly", "-p", "no:cacheprovider", *options],
+        cwd=folder,
+        env={**os.environ, "COLUMNS": "200", **environment},
+        capture_output=True,
+        text=True,
+    )
+
+
+def shown(done: subprocess.CompletedProcess[str]) -> dict[str, str]:
+    """The last column of the table of properties."""
+    lines = [line.strip("| ").split(" | ") for line in done.stdout.splitlines() if line.startswith("| ")]
+    assert lines, done.stdout[-3000:] + done.stderr[-3000:]
+    return {line[0]: line[-1] for line in lines if line[0] not in ("property", "---")}
+
+
+def expected(**different: str) -> dict[str, str]:
+    """All properties hold, but for those given."""
+    names = [name.replace("_", " ") for name in conformance.PROPERTIES]
+    return (
+        dict.fromkeys(names, "yes") | NO_LONGER_TEXT | {k.replace("_", " "): v for k, v in different.items()}
+    )
+
+
+@pytest.fixture(scope="session")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The shipped model as a GGUF file, in float32."""
+    path = tmp_path_factory.mktemp("gguf") / f"{MODEL}.gguf"
+    gguf_file.write(str(shipped() / MODEL), path, dtype="float32")
+    return path
+
+
+@pytest.fixture(scope="session")
+def llama(llama_server_binary: Path, weights: Path) -> Iterator[str]:
+    """The model in llama.cpp's server, as ``--pocket-model`` takes it."""
+    port = free_port()
+    command = [str(llama_server_binary), "-m", str(weights), "--alias", MODEL, "--port", str(port), "--jinja"]
+    # As exact as transformers: a cache in float32, and attention that sums in the plain order.
+    command += ["-np", "8", "-c", "16384", "-ctk", "f32", "-ctv", "f32", "-fa", "off"]
+    process = Process(command, f"http://127.0.0.1:{port}/health", seconds=60)
+    yield f"openai:{MODEL}@http://127.0.0.1:{port}/v1"
+    process.close()
+
+
+@pytest.fixture(scope="session")
+def ollama(ollama_double: str) -> str:
+    """The address of a double of Ollama that has the model, put there as a user would."""
+    command = [sys.executable, "-m", "pytest_pocket", "ollama", "create", MODEL, "--dtype", "float32"]
+    subprocess.run([*command, "--host", ollama_double], check=True, capture_output=True)
+    return ollama_double
+
+
+@pytest.fixture(scope="session")
+def vllm(vllm_command: Path) -> dict[str, str]:
+    """The environment in which a session starts vLLM."""
+    return {**VLLM, "PATH": f"{vllm_command.parent}{os.pathsep}{os.environ['PATH']}"}
+
+
+def test_vllm_does_what_is_asked_of_it(tmp_path: Path, vllm: dict[str, str]) -> None:
+    """The weights and an adapter on them in one server, which the session starts and ends."""
+    adapter = random_adapter(tmp_path)
+    base = shipped() / MODEL
+    tables = [
+        f"[tool.pocket.models.{name}]\nbackend = 'vllm'\ntarget = '{base}'\n{more}"
+        f"options = {{ served = '{name}', reference = '{base}' }}\n"
+        for name, more in (("whole", ""), ("adapted", f"adapter = '{adapter}'\n"))
+    ]
+    (tmp_path / "pyproject.toml").write_text("\n".join(tables))
+    done = start(tmp_path, "--pocket-conformance", "--pocket-model=adapted,whole", **vllm)
+    assert shown(done) == expected()
+    adapted = {
+        line.split(" | ")[0].strip("| "): line.split(" | ")[1]
+        for line in done.stdout.splitlines()
+        if "yes" in line
+    }
+    assert adapted["greedy as transformers"] == "yes"
+    assert adapted["reference prompt"] == "yes"
+
+
+def test_llama_cpp_does_what_is_asked_of_it(tmp_path: Path, llama: str) -> None:
+    done = start(tmp_path, "--pocket-conformance", f"--pocket-model={llama}")
+    # It answers to any model's name; the suite looks at its list of models before a run.
+    assert shown(done) == expected(engine_fault="NO")
+
+
+def test_ollama_does_what_is_asked_of_it(tmp_path: Path, ollama: str) -> None:
+    done = start(tmp_path, "--pocket-conformance", f"--pocket-model=ollama:{MODEL}", OLLAMA_HOST=ollama)
+    unforced = dict.fromkeys(FORCED, "not shown")
+    # Its templates write nested arguments, which no tool of the suite has, without spaces.
+    assert shown(done) == expected(**unforced, reference_prompt="NO")
+    assert "nested arguments: 213 tokens, not 219" in done.stdout
+
+
+def test_all_engines_play_the_same_episodes(
+    tmp_path: Path, vllm: dict[str, str], llama: str, ollama: str
+) -> None:
+    """The matrix: four engines, the same weights, the same trajectories to the last word."""
+    models = [MODEL, f"vllm:{MODEL}", f"ollama:{MODEL}", llama]
+    done = start(
+        tmp_path,
+        *("--pyargs", "pytest_pocket.tasks", f"--pocket-model={','.join(models)}", "--runs=1"),
+        *("--pocket-fail-under=0", "--pocket-records=run", "-k", "read or stop or exit_status"),
+        OLLAMA_HOST=ollama,
+        **vllm,
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    _, found = records.load(tmp_path / "run")
+    played: dict[Any, dict[str, Any]] = {}
+    for record in found:
+        played.setdefault((record["task"], record["prompt"]), {})[record["model"]] = record
+    assert len(played) == 2 * 7
+    for of_models in played.values():
+        assert of_models.keys() == set(models)
+        trajectories = {model: json.dumps(record["messages"]) for model, record in of_models.items()}
+        assert set(trajectories.values()) == {trajectories[MODEL]}
+        assert len({record["reward"] for record in of_models.values()}) == 1
+
+
+def random_adapter(folder: Path) -> Path:
+    """A LoRA adapter of random weights, large enough to change what the model says."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_pretrained(shipped() / MODEL, dtype=torch.float32)
+    plan = LoraConfig(r=8, lora_alpha=4, target_modules="all-linear", init_lora_weights=False)
+    get_peft_model(model, plan).save_pretrained(folder / "adapter")
+    return folder / "adapter"
