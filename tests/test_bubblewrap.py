@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import platform
 import re
 import signal
 import socket
@@ -18,7 +20,7 @@ from pathlib import Path
 
 import pytest
 
-from pytest_pocket.sandbox import FileState, Limits, SandboxError, SandboxUnavailable, select, tree
+from pytest_pocket.sandbox import FileState, Limits, SandboxError, SandboxUnavailable, seccomp, select, tree
 from pytest_pocket.sandbox.bubblewrap import BubblewrapProvider, BubblewrapSandbox
 
 PROVIDER = BubblewrapProvider()
@@ -120,7 +122,19 @@ def test_nothing_outside_the_workspace_can_be_written(sandbox: BubblewrapSandbox
     places = "/ /usr /usr/bin /etc /run /run/pocket /dev /proc /bin /lib"
     script = f'for p in {places}; do (echo x >"$p/pocket-was-here") 2>/dev/null && echo "$p"; done; :'
     assert said(sandbox, script) == ""
-    assert said(sandbox, "chmod 777 /run/pocket /run/pocket/* 2>/dev/null; ls /run/pocket") == "2"
+
+
+def test_the_scripts_of_other_sandboxes_cannot_be_found(sandbox: BubblewrapSandbox) -> None:
+    with closing(PROVIDER.open({})) as other:
+        other.run("echo s3cret")
+        script = (
+            "chmod 777 /run/pocket; ls -a /run/pocket; cat /run/pocket/*; find / -name '*' -path '*pocket/*'"
+        )
+        shown = said(sandbox, f"({script}) 2>/dev/null; cat /proc/self/mountinfo; env; set")
+        # Its own script shows in $BASH_EXECUTION_STRING and the like; the token of the other must not.
+        assert other._token not in shown
+        assert "s3cret" not in shown
+        assert sandbox.run(f"cat /run/pocket/{other._token}").status == 0, "a name that is known can be read"
 
 
 def test_the_home_and_the_environment_of_the_host_are_invisible(
@@ -165,6 +179,24 @@ def test_memory_that_no_limit_counts_is_refused(sandbox: BubblewrapSandbox) -> N
     assert said(sandbox, f"python3 -c '{code}'") == "-1"
     assert sandbox.run("unshare -Urm mount -t tmpfs none /tmp").status != 0
     assert sandbox.run("python3 -c 'import os; os.unshare(os.CLONE_NEWUSER)'").status != 0
+
+
+@pytest.mark.parametrize(
+    "flag", [0x20000, 0x2000000, 0x4000000, 0x8000000, 0x10000000, 0x20000000, 0x40000000]
+)
+def test_no_process_gets_a_namespace_of_its_own(sandbox: BubblewrapSandbox, flag: int) -> None:
+    clone = seccomp.CLONE[platform.machine()]
+    call = f"libc.syscall({clone}, {flag | signal.SIGCHLD}, 0, 0, 0, 0), ctypes.get_errno()"
+    code = f"import ctypes; libc = ctypes.CDLL(None, use_errno=True); print({call})"
+    assert said(sandbox, f"python3 -c '{code}'") == f"-1 {errno.EPERM}"
+
+
+def test_the_call_whose_flags_no_filter_reads_is_missing(sandbox: BubblewrapSandbox) -> None:
+    call = f"libc.syscall({seccomp.CLONE3}, 0, 0), ctypes.get_errno()"
+    code = f"import ctypes; libc = ctypes.CDLL(None, use_errno=True); print({call})"
+    assert said(sandbox, f"python3 -c '{code}'") == f"-1 {errno.ENOSYS}"
+    thread = "import threading; t = threading.Thread(target=print, args=[7]); t.start(); t.join()"
+    assert said(sandbox, f"python3 -c '{thread}'") == "7"
 
 
 def test_the_number_of_processes_is_limited(sandbox: BubblewrapSandbox) -> None:

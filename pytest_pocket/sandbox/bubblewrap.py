@@ -1,9 +1,9 @@
 """The default sandbox: one ``bwrap`` an episode, which stays open for all its calls.
 
-Inside, process 1 is a bash loop, the agent: it reads a call's number, runs its script in a child, kills
+Inside, process 1 is a bash loop, the agent: it reads a call's name, runs its script in a child, kills
 every other process, and only then reports the status.  The scripts lie in a host directory that is mounted
-read-only; output leaves through a pipe; the final files are read through a directory descriptor of the
-workspace.  Nothing on the host can be written from inside.
+read-only (:mod:`pytest_pocket.sandbox.root`); output leaves through a pipe; the final files are read through
+a directory descriptor of the workspace.  Nothing on the host can be written from inside.
 
 The agent runs from a copy of bash that nobody may read: the kernel then lets no process of the same user
 trace it, touch its memory or open its pipes through ``/proc/1/fd``, so a status cannot be forged.
@@ -14,21 +14,21 @@ a container with a memory limit is the better provider.
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import json
 import os
 import platform
 import re
+import secrets
 import select
 import shutil
 import signal
 import subprocess
-import tempfile
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures.thread import BrokenThreadPool
 from functools import cache
 
 from pytest_pocket.sandbox import (
@@ -38,6 +38,8 @@ from pytest_pocket.sandbox import (
     Limits,
     SandboxError,
     SandboxUnavailable,
+    identity,
+    root,
     seccomp,
     tree,
 )
@@ -46,25 +48,13 @@ from pytest_pocket.sandbox import (
 # One line, so that bash counts a script's lines from 1 in its messages.
 AGENT = (
     "exec 3>&2 2>/dev/null; umask 022; {limits} trap 'kill -9 -1' {{1..8}} {{10..16}} {{21..31}}; "
-    "echo ready; "
-    'while read -r _call _input; do IFS= read -r -d "" _script <"/run/pocket/$_call"; '
-    '(unset _call _input; eval "$_script") <"$_input" >&3 2>&1 3>&- & wait $!; _status=$?; '
+    "_path={path}; echo ready; "
+    'while read -r _call _input; do IFS= read -r -d "" _script <"$_path"; '
+    '(unset _path _call _input; eval "$_script") <"$_input" >&3 2>&1 3>&- & wait $!; _status=$?; '
     'while kill -9 -1; do :; done; echo "$_call $_status"; done'
 )
 PATH = "/usr/local/bin:/usr/bin:/bin"
-ACCOUNTS = {
-    "/etc/passwd": "root:x:0:0::/root:/bin/bash\npocket:x:1000:1000::/workspace:/bin/bash\n",
-    "/etc/group": "root:x:0:\npocket:x:1000:\n",
-}
-DEVICE_LINKS = {
-    "fd": "/proc/self/fd",
-    "stdin": "/proc/self/fd/0",
-    "stdout": "/proc/self/fd/1",
-    "stderr": "/proc/self/fd/2",
-    "shm": "/tmp",
-}
 INFO, SECCOMP = "--info-fd", "--seccomp"
-NOBODY = 65534
 START_SECONDS = 20.0
 KILL_SECONDS = 5.0
 WATCH_SECONDS = 0.1
@@ -73,36 +63,22 @@ OUT_OF_MEMORY = 137
 
 
 @cache
-def _can_forbid_namespaces() -> bool:
-    """Whether this bwrap (0.8 and later) can forbid further user namespaces, whose mounts no limit counts."""
-    shown = subprocess.run([_program("bwrap"), "--help"], capture_output=True, text=True)
-    return "--disable-userns" in shown.stdout
-
-
-@cache
-def _arguments() -> tuple[str, ...]:
-    """The part of the command line that is the same for every sandbox of this machine."""
+def _arguments(pid: int) -> tuple[str, ...]:
+    """The part of the command line that is the same for every sandbox of this process.  Raises OSError."""
     words = ["--unshare-user", "--unshare-ipc", "--unshare-pid", "--unshare-net", "--unshare-uts"]
     words += ["--unshare-cgroup-try", "--die-with-parent", "--new-session", "--as-pid-1"]
     words += ["--uid", "1000", "--gid", "1000", "--hostname", "pocket", "--cap-drop", "ALL", "--clearenv"]
-    if _can_forbid_namespaces():
+    if not seccomp.program():
         words.append("--disable-userns")
-    for name, value in {"PATH": PATH, "HOME": "/workspace", **ENVIRONMENT}.items():
+    for name, value in {"PATH": PATH, "HOME": "/workspace", "SHELL": "/bin/bash", **ENVIRONMENT}.items():
         words += ["--setenv", name, value]
-    words += ["--ro-bind", "/usr", "/usr"]
-    for path in ("/bin", "/sbin", "/lib", "/lib32", "/lib64"):
-        if os.path.islink(path):
-            words += ["--symlink", os.readlink(path), path]
-        elif os.path.isdir(path):
-            words += ["--ro-bind", path, path]
-    for path in ("/etc/alternatives", "/etc/ld.so.cache"):
-        words += ["--ro-bind-try", path, path]
-    words += ["--proc", "/proc"]
+    words += ["--ro-bind", root.directory(pid), "/"]
+    for path in root.mounted():
+        words += ["--ro-bind", path, path]
     # bwrap's own --dev would add terminals, a second file system and a third for shared memory.
-    for name in ("null", "zero", "full", "random", "urandom"):
+    for name in root.DEVICES:
         words += ["--dev-bind", f"/dev/{name}", f"/dev/{name}"]
-    for name, target in DEVICE_LINKS.items():
-        words += ["--symlink", target, f"/dev/{name}"]
+    words += ["--proc", "/proc"]
     return tuple(words)
 
 
@@ -118,11 +94,11 @@ def _find(name: str, path: str | None) -> str:
 
 @cache
 def _spawner(pid: int) -> ThreadPoolExecutor:
-    """The thread that starts every sandbox of this process.
+    """The thread that starts every sandbox of this process, as nobody if the others are root's.
 
     ``--die-with-parent`` follows the *thread* that started bwrap, so this must be one that lives on.
     """
-    return ThreadPoolExecutor(1, "pocket-sandbox")
+    return ThreadPoolExecutor(1, "pocket-sandbox", initializer=identity.drop_root)
 
 
 @cache
@@ -132,25 +108,17 @@ def _counts_processes_by_namespace() -> bool:
     return release is not None and tuple(map(int, release.groups())) >= (5, 14)
 
 
-@cache
-def _agent(pid: int) -> str:
-    """A copy of bash that can be run and not read, for as long as this process lives."""
-    folder = tempfile.mkdtemp(prefix="pocket-agent-")
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    path = os.path.join(folder, "agent")
-    shutil.copyfile(shutil.which("bash") or "/bin/bash", path)
-    os.chmod(path, 0o111)
-    os.chmod(folder, 0o755)
-    return path
+def _write(file: int, data: bytes) -> None:
+    """Write all of the data at the beginning of a file.  Raises OSError."""
+    done = 0
+    while done < len(data):
+        done += os.pwrite(file, data[done : done + 2**20], done)
 
 
 def _memory_file(data: bytes) -> int:
-    """An open file that holds the data and has no name."""
+    """An open file that holds the data and has no name.  Raises OSError."""
     file = os.memfd_create("pocket")
-    left = memoryview(data)
-    while left:
-        left = left[os.write(file, left) :]
-    os.lseek(file, 0, os.SEEK_SET)
+    _write(file, data)
     return file
 
 
@@ -163,11 +131,9 @@ class BubblewrapSandbox:
         self._closed = self._freed = False
         self._busy = threading.RLock()
         self._gate = threading.Lock()
+        # Unknown to every other sandbox, which sees the same directory of scripts.
+        self._token = secrets.token_hex(16)
         with contextlib.ExitStack() as cleanup:
-            self._folder = tempfile.mkdtemp(prefix="pocket-")
-            cleanup.callback(shutil.rmtree, self._folder, ignore_errors=True)
-            if os.geteuid() == 0:
-                os.chmod(self._folder, 0o755)
             self._start(files, cleanup)
             self._free = cleanup.pop_all()
 
@@ -176,12 +142,11 @@ class BubblewrapSandbox:
         cleanup.callback(os.close, info)
         given = {INFO: info_writer}
         try:
+            self._script = self._new_file(self._token, cleanup)
             if program := seccomp.program():
                 given[SECCOMP] = _memory_file(program)
             for path, text in files.items():
                 given[f"/workspace/{tree.relative(path)}"] = _memory_file(text.encode())
-            for path, text in ACCOUNTS.items():
-                given[path] = _memory_file(text.encode())
             command = self._command(given, files)
             start = _spawner(os.getpid()).submit(
                 subprocess.Popen,
@@ -194,7 +159,7 @@ class BubblewrapSandbox:
                 env={},
             )
             process: subprocess.Popen[bytes] = start.result()
-        except OSError as error:
+        except (OSError, BrokenThreadPool) as error:
             raise SandboxError(f"cannot start bwrap: {error}") from error
         finally:
             for descriptor in given.values():
@@ -206,9 +171,6 @@ class BubblewrapSandbox:
         cleanup.callback(self._reap, process)
         os.set_blocking(self._agent_out.fileno(), False)
         os.set_blocking(self._output.fileno(), False)
-        if os.geteuid() == 0:
-            # Otherwise `> /dev/stderr`, which opens the pipe anew, is refused.
-            os.fchown(self._output.fileno(), NOBODY, NOBODY)
         self._await_ready()
         pid = int(json.loads(os.read(info, 4096))["child-pid"])
         self._agent = os.pidfd_open(pid)
@@ -224,8 +186,7 @@ class BubblewrapSandbox:
 
     def _command(self, given: Mapping[str, int], files: Mapping[str, str]) -> list[str]:
         size = str(self.limits.workspace_bytes)
-        words = [_program("bwrap"), *_arguments()]
-        words += ["--ro-bind", _agent(os.getpid()), "/run/agent", "--ro-bind", self._folder, "/run/pocket"]
+        words = [_program("bwrap"), *_arguments(os.getpid())]
         words += ["--size", size, "--tmpfs", "/workspace", "--size", size, "--tmpfs", "/tmp"]
         scripts = {
             f"/workspace/{tree.relative(path)}" for path, text in files.items() if text.startswith("#!")
@@ -235,25 +196,28 @@ class BubblewrapSandbox:
                 words += [path, str(descriptor)]
             else:
                 words += ["--perms", "0755" if path in scripts else "0644", "--file", str(descriptor), path]
-        words += ["--remount-ro", "/", "--chdir", "/workspace"]
-        words += ["/run/agent", "--norc", "--noprofile", "-c", AGENT.format(limits=self._ulimits()), "bash"]
-        if os.geteuid() == 0:
-            # The kernel does not limit the processes of root, and root cannot write to the sandbox's tmpfs.
-            identity = [f"--userspec=+{NOBODY}:+{NOBODY}", "--groups=", "/"]
-            words = [_program("chroot"), *identity, *words]
-        return words
+        words += ["--chdir", "/workspace"]
+        agent = AGENT.format(limits=self._ulimits(), path=f"/{root.SCRIPTS}/{self._token}")
+        return [*words, f"/{root.AGENT}", "--norc", "--noprofile", "-c", agent, "bash"]
 
     def _await_ready(self) -> None:
         deadline = time.monotonic() + START_SECONDS
         said = b""
         while not said.endswith(b"ready\n"):
-            if not select.select([self._agent_out], [], [], max(0.0, deadline - time.monotonic()))[0]:
+            if not self._readable(deadline):
                 raise SandboxError(f"bwrap was not ready after {START_SECONDS:g} s")
             part = self._agent_out.read(64)
             if not part:
                 message = (self._output.read(4096) or b"").decode(errors="replace").strip()
                 raise SandboxError(f"bwrap did not start: {message or 'it said nothing'}")
             said += part
+
+    def _readable(self, deadline: float) -> bool:
+        """Wait until the agent has said something, or is gone; False at the deadline."""
+        # Not select(), which takes no descriptor above 1023.
+        poll = select.poll()
+        poll.register(self._agent_out, select.POLLIN)
+        return bool(poll.poll(max(0.0, deadline - time.monotonic()) * 1000))
 
     def _ulimits(self) -> str:
         """The agent's first commands, inherited by all it starts.  A value over a hard limit does nothing."""
@@ -271,30 +235,36 @@ class BubblewrapSandbox:
         with self._busy:
             self._check_open()
             self._calls += 1
-            with self._given(script.encode(), stdin) as frame:
-                try:
-                    self._agent_in.write(frame)
-                except BrokenPipeError:
-                    raise self._broken() from None
-                return self._await_end(self.limits.call_seconds if seconds is None else seconds)
+            try:
+                with contextlib.ExitStack() as cleanup:
+                    self._agent_in.write(self._given(script.encode(), stdin, cleanup))
+                    return self._await_end(self.limits.call_seconds if seconds is None else seconds)
+            except BrokenPipeError:
+                raise self._broken() from None
 
-    @contextlib.contextmanager
-    def _given(self, script: bytes, stdin: bytes) -> Iterator[bytes]:
-        """The call's files on the host side, while it runs, and the line that tells the agent."""
-        names = {str(self._calls): script}
-        if stdin:
-            names[f"{self._calls}.in"] = stdin
-        paths = [os.path.join(self._folder, name) for name in names]
+    def _given(self, script: bytes, stdin: bytes, cleanup: contextlib.ExitStack) -> bytes:
+        """Lay out the script and what standard input there is; the line that tells the agent.  Raises SandboxError."""
+        path = "/dev/null"
         try:
-            for path, data in zip(paths, names.values(), strict=True):
-                with open(path, "wb") as file:
-                    os.fchmod(file.fileno(), 0o644)
-                    file.write(data)
-            yield f"{self._calls} {f'/run/pocket/{self._calls}.in' if stdin else '/dev/null'}\n".encode()
-        finally:
-            for path in paths:
-                with contextlib.suppress(FileNotFoundError):
-                    os.unlink(path)
+            _write(self._script, script)
+            os.ftruncate(self._script, len(script))
+            if stdin:
+                name = f"{self._token}.{self._calls}"
+                _write(self._new_file(name, cleanup), stdin)
+                path = f"/{root.SCRIPTS}/{name}"
+        except OSError as error:
+            raise SandboxError(f"cannot hand over a call: {error}") from error
+        return f"{self._calls} {path}\n".encode()
+
+    @staticmethod
+    def _new_file(name: str, cleanup: contextlib.ExitStack) -> int:
+        """A file for the agent to read, open for writing, gone with ``cleanup``.  Raises OSError."""
+        path = f"{root.directory(os.getpid())}/{root.SCRIPTS}/{name}"
+        file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
+        cleanup.callback(os.unlink, path)
+        cleanup.callback(os.close, file)
+        os.fchmod(file, 0o644)
+        return file
 
     def _await_end(self, seconds: float) -> CommandResult:
         """Collect output until the agent reports the end, forced by time, memory or output where need be."""
@@ -402,7 +372,7 @@ class BubblewrapSandbox:
         self._agent_in.close()
         deadline = time.monotonic() + KILL_SECONDS
         alive = True
-        while alive and select.select([self._agent_out], [], [], max(0.0, deadline - time.monotonic()))[0]:
+        while alive and self._readable(deadline):
             alive = bool(self._agent_out.read(4096))
         if alive:
             process.kill()
@@ -422,8 +392,8 @@ class BubblewrapProvider:
             raise SandboxUnavailable(
                 "bwrap is not installed: `apt install bubblewrap`, or use --pocket-sandbox=docker"
             )
-        if os.geteuid() == 0 and shutil.which("chroot") is None:
-            raise SandboxUnavailable("chroot, which root needs, is not found: `apt install coreutils`")
+        if not identity.is_known():
+            raise SandboxUnavailable(f"on {platform.machine()} bwrap is not started by root: be another user")
         try:
             sandbox = self.open({"probe": "ok\n"})
         except SandboxError as error:

@@ -1,6 +1,8 @@
-"""The system calls that a sandbox refuses: memory that no limit counts, tracing, and rarely audited corners.
+"""The system calls that a sandbox refuses: memory that no limit counts, namespaces, tracing, rarely audited corners.
 
-Without it a process could hold memory files (``memfd_create``) or segments (``shmget``) of any total size.
+Without it a process could hold memory files (``memfd_create``) or segments (``shmget``) of any total size, or mount
+file systems of any size in namespaces of its own.  ``clone3`` takes its flags where a filter cannot read them, so it
+is told to be missing, and C libraries then use ``clone``.
 """
 
 from __future__ import annotations
@@ -47,11 +49,17 @@ REFUSED = {
         "memfd_secret": 447,
     },
 }
+CLONE = {"x86_64": 56, "aarch64": 220}
+CLONE3 = 435
+NAMESPACES = 0x7E020000
+"""The flags of ``clone`` that ask for a new namespace of any kind: ``CLONE_NEW*`` in include/uapi/linux/sched.h."""
 AUDIT_ARCHITECTURES = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
 # The x32 calls of x86_64 have numbers of their own from here on.
 FOREIGN = 0x40000000
-LOAD, EQUAL, AT_LEAST, RETURN = 0x20, 0x15, 0x35, 0x06
-ALLOW, KILL_PROCESS, EPERM = 0x7FFF0000, 0x80000000, 0x00050001
+LOAD, EQUAL, AT_LEAST, ANY_BIT, RETURN = 0x20, 0x15, 0x35, 0x45, 0x06
+ALLOW, KILL_PROCESS, EPERM, ENOSYS = 0x7FFF0000, 0x80000000, 0x00050001, 0x00050026
+# Offsets in struct seccomp_data, the lower half of the first argument on these machines.
+NUMBER, ARCHITECTURE, FLAGS = 0, 4, 16
 
 
 def program(machine: str = platform.machine()) -> bytes:
@@ -59,13 +67,23 @@ def program(machine: str = platform.machine()) -> bytes:
     if machine not in REFUSED:
         return b""
     numbers = sorted(REFUSED[machine].values())
+    # Jumps count the steps that they leave out.
+    refuse = len(numbers) + 6
     steps = [
-        (LOAD, 0, 0, 4),
+        (LOAD, 0, 0, ARCHITECTURE),
         (EQUAL, 1, 0, AUDIT_ARCHITECTURES[machine]),
         (RETURN, 0, 0, KILL_PROCESS),
-        (LOAD, 0, 0, 0),
-        (AT_LEAST, len(numbers) + 1, 0, FOREIGN),
+        (LOAD, 0, 0, NUMBER),
+        (AT_LEAST, refuse, 0, FOREIGN),
     ]
-    steps += [(EQUAL, len(numbers) - place, 0, number) for place, number in enumerate(numbers)]
-    steps += [(RETURN, 0, 0, ALLOW), (RETURN, 0, 0, EPERM)]
+    steps += [(EQUAL, refuse - 1 - place, 0, number) for place, number in enumerate(numbers)]
+    steps += [
+        (EQUAL, 0, 1, CLONE3),
+        (RETURN, 0, 0, ENOSYS),
+        (EQUAL, 0, 2, CLONE[machine]),
+        (LOAD, 0, 0, FLAGS),
+        (ANY_BIT, 1, 0, NAMESPACES),
+        (RETURN, 0, 0, ALLOW),
+        (RETURN, 0, 0, EPERM),
+    ]
     return b"".join(struct.pack("=HBBI", *step) for step in steps)
