@@ -37,6 +37,12 @@ from pytest_pocket.task import Check, Draw, Final, Instance, Problem, Score, Sol
 
 TURNS = 3
 EVAL = 2 * 10**9
+CALLS = {
+    "no_calls": (),
+    "two_empty_calls": (":", ":"),
+    "two_calls": ("cat app.ini", "ls; cat README.md"),
+}
+"""What the sandbox itself costs, and what the three programs that the toy's two calls start add to it."""
 
 
 class Toy(Task):
@@ -145,14 +151,14 @@ def cpu_seconds() -> float:
     return sum(usage.ru_utime + usage.ru_stime for usage in usages)
 
 
-def sandbox_milliseconds(count: int) -> tuple[float, float]:
-    """CPU and wall milliseconds of one sandbox: opened with three files, two calls, closed."""
+def sandbox_milliseconds(count: int, *scripts: str) -> tuple[float, float]:
+    """CPU and wall milliseconds of one sandbox: opened with three files, called, closed."""
     provider, files = BubblewrapProvider(), TASK.build(EVAL).files
     cpu, wall = cpu_seconds(), time.perf_counter()
     for _ in range(count):
         sandbox = provider.open(files)
-        sandbox.run("cat app.ini")
-        sandbox.run("ls; cat README.md")
+        for script in scripts:
+            sandbox.run(script)
         sandbox.close()
     return 1000 * (cpu_seconds() - cpu) / count, 1000 * (time.perf_counter() - wall) / count
 
@@ -193,9 +199,10 @@ def measure(count: int, repeats: int) -> dict[str, list[float]]:
         for repeat in range(repeats):
             for label, variant in variants.items():
                 found.setdefault(label, []).append(variant())
-            cpu, wall = sandbox_milliseconds(count // 2)
-            found.setdefault("sandbox_cpu_ms", []).append(cpu)
-            found.setdefault("sandbox_wall_ms", []).append(wall)
+            for label, scripts in CALLS.items():
+                cpu, wall = sandbox_milliseconds(count // 2, *scripts)
+                found.setdefault(f"sandbox_{label}_cpu_ms", []).append(cpu)
+                found.setdefault(f"sandbox_{label}_wall_ms", []).append(wall)
             if repeat < 2 and (rate := xdist_episodes(2, 6)):
                 found.setdefault("oracle_19_tasks_n2_episodes_per_s", []).append(rate)
     return found
