@@ -16,7 +16,10 @@ COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum whose updates are made orthogonal, for matrices (Jordan et al. 2024, kellerjordan.github.io/posts/muon)."""
+    """Momentum whose updates are made orthogonal, for matrices.
+
+    Jordan et al. 2024, https://kellerjordan.github.io/posts/muon.
+    """
 
     def __init__(
         self, matrices: list[Any], lr: float, weight_decay: float = 0.01, momentum: float = 0.95
