@@ -396,7 +396,7 @@ class State:
     run: str = ""
 
     def save(self, model: Any, optimizers: Sequence[Any], **progress: Any) -> None:
-        """Keep it; the file before it stays whole until this one is."""
+        """Keep it; the file before it stays whole until this one is.  Raises TrainingError."""
         import torch
 
         if not world.is_first():
@@ -404,7 +404,14 @@ class State:
         partial = self.path.with_suffix(".partial")
         values = [optimizer.state_dict() for optimizer in optimizers]
         learned = {name: value for name, value in model.named_parameters() if value.requires_grad}
-        torch.save({"run": self.run, "model": learned, "optimizers": values, **progress}, partial)
+        try:
+            torch.save({"run": self.run, "model": learned, "optimizers": values, **progress}, partial)
+        except (OSError, RuntimeError) as error:
+            # Of a full disk torch says only that a position in the file is unexpected.
+            raise TrainingError(
+                f"{partial} cannot be written ({str(error).splitlines()[0]}): is the disk full? "
+                "What was saved before is whole"
+            ) from error
         os.replace(partial, self.path)
 
     def load(self, model: Any, optimizers: Sequence[Any]) -> dict[str, Any]:
