@@ -380,7 +380,7 @@ class _Batch:
         self.joinable = True
         self._shareable = False
         # The one used last is the last.
-        self._openings: list[tuple[list[int], Any]] = []
+        self._openings: list[tuple[tuple[int, ...], Any]] = []
 
     def clear(self) -> None:
         """Forget all rows."""
@@ -399,20 +399,29 @@ class _Batch:
         self._model = None
 
     def read(self, rows: Sequence[_Row]) -> tuple[Any, Any, Any]:
-        """Run new prompts through the model; the batch stays as it is."""
+        """Run new prompts through the model, each once; the batch stays as it is."""
         import torch
 
-        opening, cache = self._opening([row.prompt for row in rows])
-        rests = [row.prompt[len(opening) :] for row in rows]
+        wanted = [tuple(row.prompt) for row in rows]
+        prompts = list(dict.fromkeys(wanted)) if self._shareable else wanted
+        opening, cache = self._opening(prompts)
+        rests = [prompt[len(opening) :] for prompt in prompts]
         width = max(map(len, rests))
         pads = [width - len(rest) for rest in rests]
         device = self._model.device
-        ids = torch.tensor([[0] * pad + rest for pad, rest in zip(pads, rests, strict=True)], device=device)
+        ids = torch.tensor(
+            [[*[0] * pad, *rest] for pad, rest in zip(pads, rests, strict=True)], device=device
+        )
         seen = [1] * len(opening)
         mask = torch.tensor([[*seen, *[0] * pad, *[1] * (width - pad)] for pad in pads], device=device)
-        return self._forward(ids, mask, cache)
+        cache, logits, mask = self._forward(ids, mask, cache)
+        if len(prompts) < len(wanted):
+            chosen = torch.tensor([prompts.index(prompt) for prompt in wanted], device=device)
+            cache.batch_select_indices(chosen)
+            logits, mask = logits[chosen], mask[chosen]
+        return cache, logits, mask
 
-    def _opening(self, prompts: Sequence[list[int]]) -> tuple[list[int], Any]:
+    def _opening(self, prompts: Sequence[tuple[int, ...]]) -> tuple[tuple[int, ...], Any]:
         """What all these prompts begin with, and its cache for as many rows; nothing where it is not known.
 
         The same system prompt and tools open every prompt of a condition: they are read once.  A state that
@@ -421,7 +430,7 @@ class _Batch:
         import torch
 
         if not self._shareable:
-            return [], None
+            return (), None
         # The last token of a prompt is always read: its logits are asked for.
         starts = [prompt[:-1] for prompt in prompts]
         known = [held for held in self._openings if all(start[: len(held[0])] == held[0] for start in starts)]
@@ -429,9 +438,9 @@ class _Batch:
             found = max(known, key=lambda held: len(held[0]))
             self._openings.remove(found)
         else:
-            shared = list(os.path.commonprefix(starts))  # noqa: RUF071 - of lists of token ids
+            shared = tuple(os.path.commonprefix(starts))  # noqa: RUF071 - of token ids
             if len(prompts) < 2 or len(shared) < OPENING_TOKENS:
-                return [], None
+                return (), None
             ids = torch.tensor([shared], device=self._model.device)
             found = (shared, self._forward(ids, torch.ones_like(ids), None)[0])
         self._openings = [*self._openings, found][-OPENINGS:]
@@ -449,11 +458,9 @@ class _Batch:
         if self.rows:
             held, new = self._mask.shape[1], mask.shape[1]
             width = max(held, new)
-            _pad(self._cache, width - held)
-            _pad(cache, width - new)
             pad = torch.nn.functional.pad
             self._mask = torch.cat([pad(self._mask, (width - held, 0)), pad(mask, (width - new, 0))])
-            _concatenate(self._cache, cache)
+            _concatenate(self._cache, cache, width)
         else:
             self._cache, self._mask = cache, mask
         self.rows = [*self.rows, *rows]
@@ -566,6 +573,12 @@ def _roomy_layer() -> Any:
             self.rooms = keys, values
             return self.keys, self.values
 
+        def join(self, more: Any, width: int) -> None:
+            """Append another layer's rows; both become ``width`` columns wide, with empty ones on the left."""
+            keys, self.keys = _stacked(self.keys, more.keys, width)
+            values, self.values = _stacked(self.values, more.values, width)
+            self.rooms = keys, values
+
         def take(self, order: Sequence[int]) -> None:
             """Row ``order[i]`` becomes row i; no row that moves is one that another has moved to."""
             both: list[Any] = [self.keys, self.values]
@@ -601,6 +614,16 @@ def _appended(room: Any, held: Any, more: Any) -> tuple[Any, Any]:
     return room, room[:rows, :, :end]
 
 
+def _stacked(held: Any, more: Any, width: int) -> tuple[Any, Any]:
+    """The rows of both, ``width`` columns wide, as a view of a room that comes with them: copied once."""
+    room = held.new_empty((len(held) + len(more), held.shape[1], width + SPARE_COLUMNS, held.shape[-1]))
+    for rows, part in ((room[: len(held)], held), (room[len(held) :], more)):
+        start = width - part.shape[-2]
+        rows[..., :start, :] = 0
+        rows[..., start:width, :] = part
+    return room, room[..., :width, :]
+
+
 def _joinable(cache: Any) -> bool:
     from transformers import cache_utils
 
@@ -629,14 +652,13 @@ def _pad(cache: Any, count: int) -> None:
                 layer.values = torch.nn.functional.pad(layer.values, (0, 0, count, 0))
 
 
-def _concatenate(cache: Any, other: Any) -> None:
-    """Append the rows of another cache of the same width."""
+def _concatenate(cache: Any, other: Any, width: int) -> None:
+    """Append the rows of another cache; keys and values become ``width`` columns wide."""
     import torch
 
     for layer, more in zip(cache.layers, other.layers, strict=True):
         if getattr(layer, "keys", None) is not None:
-            layer.keys = torch.cat([layer.keys, more.keys])
-            layer.values = torch.cat([layer.values, more.values])
+            layer.join(more, width)
         for states in ("conv_states", "recurrent_states"):
             held = getattr(layer, states, {})
             for index, state in held.items():

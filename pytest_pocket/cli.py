@@ -393,3 +393,12 @@ def train(context: typer.Context, stage: Annotated[str, typer.Argument(help="The
     from pytest_pocket.training import stage as stages
 
     stages.run(module.main, context.args)
+
+
+@app.command(
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []},
+    add_help_option=False,
+)
+def data(context: typer.Context) -> None:
+    """Make traces to train on: short for pocket train data."""
+    train(context, "data")

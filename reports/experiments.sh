@@ -61,13 +61,12 @@ masks() { # SFT on a million tokens: as it should be, with a broken mask, with m
     train sft $short --traces .pocket/data/failed.jsonl --name sft-unvalidated
     play masks --pocket-model=$made/sft-short,$made/sft-broken-mask,$made/sft-unvalidated
 }
-scarce() { # RLVR from a parent with few demonstrations, none of them with a system prompt
-    train data --recipe tiny --set data.episodes_per_task=1000 --out .pocket/data/half.jsonl
-    train sft --traces .pocket/data/half.jsonl --name sft-scarce --from base --set 'sft.prompts={ raw = 1.0 }' \
-        --set sft.tokens=2_000_000
+scarce() { # RLVR from a parent whose few demonstrations leave out a fifth of the kinds: training/recipes/tiny-scarce.toml
+    train data --recipe tiny-scarce --out .pocket/data/scarce.jsonl
+    train sft --recipe tiny-scarce --traces .pocket/data/scarce.jsonl --from base --name sft-scarce
     models=$made/sft-scarce
     for seed in 3 14 24; do
-        train rlvr --from $made/sft-scarce --name rlvr-scarce-seed$seed --set rlvr.seed=$seed
+        train rlvr --recipe tiny-scarce --from $made/sft-scarce --name rlvr-scarce-seed$seed --set rlvr.seed=$seed
         models=$models,$made/rlvr-scarce-seed$seed
     done
     play scarce --pocket-model=$models

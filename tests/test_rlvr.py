@@ -265,3 +265,22 @@ def test_instances_are_drawn_apart_from_those_of_the_traces() -> None:
     assert len(seeds) == 20
     assert min(seeds) >= rlvr.FIRST
     assert {split_of(seed) for seed in seeds} == {"train"}
+
+
+def test_a_share_of_the_instances_shows_what_the_traces_left_out() -> None:
+    far = [rlvr.drawn("read_value", random.Random(n), reach=0.8) for n in range(10)]
+    assert min(each.reach for each in far) >= 0.8
+    assert rlvr.drawn("read_value", random.Random(0), reach=1.0).reach < 1  # where there is none, any
+    plan = replace(PLAN, instances=8, group=1, left_out=1.0)
+    groups = rlvr.rollouts(plan, 0, OracleBackend(), Workshop(sandbox.select("auto")), kinds=0.6)
+    assert min(group[0].instance.reach for group in groups) >= 0.6
+
+
+def test_two_updates_of_a_step_start_from_the_policy_that_sampled(model: Any) -> None:
+    texts = [Rendered([5, 6, 7, 8], [0, 0, 1, 1]), Rendered([5, 6, 9, 4], [0, 0, 1, 1])]
+    found = [rlvr.Sample(text, 0.5) for text in texts]
+    expected = sum(float(rlvr.logprobs(model, [sample], 1.0)[1].detach().sum()) for sample in found) / 4
+    optimizers = rlvr.fit.optimizers_of(model, 0.0, 1e-6)
+    facts = rlvr.update(model, None, optimizers, found, replace(PLAN, updates=2), "s")
+    assert facts["entropy"] == pytest.approx(expected, rel=1e-3)
+    assert facts["clipped"] == 0

@@ -283,6 +283,8 @@ def optimizers_of(model: Any, muon_lr: float, adam_lr: float) -> list[Any]:
     """Muon for the matrices of the layers, AdamW for the rest, and for all where ``muon_lr`` is 0."""
     import torch
 
+    from pytest_pocket.training.muon import Muon
+
     matrices = [
         p
         for name, p in model.named_parameters()
@@ -292,7 +294,7 @@ def optimizers_of(model: Any, muon_lr: float, adam_lr: float) -> list[Any]:
     rest = [p for p in model.parameters() if p.requires_grad and id(p) not in chosen]
     made: list[Any] = [torch.optim.AdamW(rest, lr=adam_lr, betas=(0.9, 0.98), weight_decay=0.0)]
     if matrices:
-        made.insert(0, torch.optim.Muon(matrices, lr=muon_lr, weight_decay=0.01, momentum=0.95))
+        made.insert(0, Muon(matrices, muon_lr))
     for group in (group for optimizer in made for group in optimizer.param_groups):
         group["initial_lr"] = group["lr"]
     return made
@@ -394,7 +396,7 @@ class State:
     run: str = ""
 
     def save(self, model: Any, optimizers: Sequence[Any], **progress: Any) -> None:
-        """Keep it; the file before it stays whole until this one is."""
+        """Keep it; the file before it stays whole until this one is.  Raises TrainingError."""
         import torch
 
         if not world.is_first():
@@ -402,7 +404,14 @@ class State:
         partial = self.path.with_suffix(".partial")
         values = [optimizer.state_dict() for optimizer in optimizers]
         learned = {name: value for name, value in model.named_parameters() if value.requires_grad}
-        torch.save({"run": self.run, "model": learned, "optimizers": values, **progress}, partial)
+        try:
+            torch.save({"run": self.run, "model": learned, "optimizers": values, **progress}, partial)
+        except (OSError, RuntimeError) as error:
+            # Of a full disk torch says only that a position in the file is unexpected.
+            raise TrainingError(
+                f"{partial} cannot be written ({str(error).splitlines()[0]}): is the disk full? "
+                "What was saved before is whole"
+            ) from error
         os.replace(partial, self.path)
 
     def load(self, model: Any, optimizers: Sequence[Any]) -> dict[str, Any]:

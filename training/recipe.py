@@ -107,7 +107,8 @@ class RL:
 
     ``prompts`` and ``think`` as in :class:`Fit`, drawn for each group.  A share ``revisit`` of the instances is of
     those whose last group had variance, as far as there are such, the rest new; a share ``focus`` of the new ones'
-    tasks is drawn by how often their groups had variance, the rest evenly.  An episode may have ``turns`` replies of
+    tasks is drawn by how often their groups had variance, the rest evenly, and a share ``left_out`` of them shows a
+    kind that the traces do not (``kinds`` of :class:`Data`).  An episode may have ``turns`` replies of
     ``reply_tokens`` each, ``tokens`` in all; one that hits a limit has its reward (``overlong = "score"``) or is
     left out (``"mask"``).  The rollouts of a step give ``updates`` optimizer steps, each of a part of them.  The
     ratio of new to old probability is clipped to [1 - clip_low, 1 + clip_high]; ``kl`` weighs the divergence from
@@ -134,6 +135,7 @@ class RL:
     muon_lr: float
     adam_lr: float
     seed: int
+    left_out: float = 0.0
 
 
 @dataclass(frozen=True)

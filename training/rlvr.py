@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import itertools
 import random
 import statistics
 from collections import Counter
@@ -81,9 +82,17 @@ class Tally:
 
 
 def rollouts(
-    plan: RL, step: int, backend: Backend, workshop: Workshop, tally: Tally | None = None
+    plan: RL,
+    step: int,
+    backend: Backend,
+    workshop: Workshop,
+    tally: Tally | None = None,
+    kinds: float = 1.0,
 ) -> list[list[Episode]]:
-    """The groups of a step: attempts at one instance under one condition, a list for each."""
+    """The groups of a step: attempts at one instance under one condition, a list for each.
+
+    ``kinds`` is the share of each list of kinds that traces show.
+    """
     choice = random.Random(f"{plan.seed}:{step}")
     tasks = list(task_list.shipped().values())
     tally = tally or Tally()
@@ -98,7 +107,8 @@ def rollouts(
             instance = task.build(seed)
         else:
             task = choice.choices(tasks, weights)[0]
-            instance = drawn(task.name, choice)
+            left_out = choice.random() < plan.left_out
+            instance = drawn(task.name, choice, kinds if left_out else 0.0)
         condition = Condition(
             choice.choices(prompts, shares)[0], choice.random() < plan.think, plan.temperature
         )
@@ -117,12 +127,17 @@ def rollouts(
     return [done[start : start + plan.group] for start in range(0, len(done), plan.group)]
 
 
-def drawn(task: str, choice: random.Random) -> Instance:
-    """A training instance that no trace was made of and that equals none that models are tested on."""
-    while True:
+def drawn(task: str, choice: random.Random, reach: float = 0.0) -> Instance:
+    """A training instance that no trace was made of and that equals none that models are tested on.
+
+    One of at least that ``reach``, if there is one among some hundred.
+    """
+    for attempt in itertools.count():
         instance = task_list.find(task).build(instance_seed("train", FIRST + choice.randrange(FIRST)))
-        if data.fingerprint(instance) not in _guarded(task):
+        far = instance.reach >= reach or attempt >= data.SPACING
+        if far and data.fingerprint(instance) not in _guarded(task):
             return instance
+    raise AssertionError("unreachable")
 
 
 @functools.cache
@@ -248,22 +263,23 @@ def update(
     parts = []
     for start in range(plan.updates):
         for part in world.share(packed(order[start :: plan.updates], plan.batch_tokens)):
+            # Before the first update the policy is the one that sampled: its parts are computed once, below.
             with torch.no_grad():
-                old, entropy = logprobs(model, part, plan.temperature)
+                old = logprobs(model, part, plan.temperature)[0] if start else None
                 known = logprobs(reference, part, plan.temperature)[0] if plan.kl else None
-            sums["tokens"] += len(old)
-            sums["entropy"] += float(entropy.sum())
             parts.append((start, part, old, known))
     for start in range(plan.updates):
         mine = [each for each in parts if each[0] == start]
         count = sum(sum(sample.text.targets) for sample in order[start :: plan.updates])
         for _, part, old, known in mine:
-            new, _ = logprobs(model, part, plan.temperature)
+            new, entropy = logprobs(model, part, plan.temperature)
+            sums["tokens"] += len(new)
+            sums["entropy"] += float(entropy.detach().sum())
             lengths = torch.tensor([sum(sample.text.targets) for sample in part])
             advantages = (
                 torch.tensor([sample.advantage for sample in part]).repeat_interleave(lengths).to(new.device)
             )
-            losses, cut = policy_loss(new, old, advantages, plan)
+            losses, cut = policy_loss(new, new.detach() if old is None else old, advantages, plan)
             if known is not None:
                 # k3 of Schulman, http://joschu.net/blog/kl-approx.html: unbiased, never negative.
                 divergence = (known - new).exp() - (known - new) - 1
@@ -289,6 +305,7 @@ def learn(
     evaluate: fit.Evaluate | None = None,
     evaluations: int = 0,
     journal: Journal | None = None,
+    kinds: float = 1.0,
 ) -> list[dict[str, float]]:
     """Play and learn for the recipe's steps; resumes from ``state`` if it is there.  Returns the curve."""
     optimizers = fit.optimizers_of(model, plan.muon_lr, plan.adam_lr)
@@ -305,7 +322,7 @@ def learn(
         with journal.open(saved):
             while step < plan.steps:
                 backend.weights_changed()
-                groups = rollouts(plan, step, backend, workshop, tally)
+                groups = rollouts(plan, step, backend, workshop, tally, kinds)
                 if step == resumed:
                     prove_rollouts(model, groups)
                 tally.add(groups)
@@ -364,6 +381,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         lambda: on_dev(model, words),
         options.evaluations,
         stage.journal(options),
+        chosen.data.kinds,
     )
     checkpoint.save(
         options.out / options.name,

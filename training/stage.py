@@ -7,6 +7,8 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from pytest_pocket.export import ExportError
 from pytest_pocket.records import RecordsError
 from pytest_pocket.registry import ModelError, sha256_json
@@ -98,6 +100,8 @@ def run(main: Main, argv: Sequence[str] | None = None) -> None:
         _stop(f"out of memory: lower batch_tokens in the recipe ({str(error).splitlines()[0]})")
     except OSError as error:
         _stop(f"{error.filename or 'a file'}: {error.strerror or error}; what was saved before is whole")
+    except SafetensorError as error:
+        _stop(f"weights: {error}; what was saved before is whole")
     except KeyboardInterrupt:
         _stop("interrupted: the same command goes on from the last saved state")
 

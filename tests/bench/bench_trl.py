@@ -1,0 +1,320 @@
+"""Stock TRL's trainers beside ours, on the same tiny model, the same texts and the same instances.
+
+    python tests/bench/bench_trl.py --out reports/bench/trl.json
+
+SFT: steps of four traces each, AdamW in all, Muon in ours besides.  GRPO: groups of eight attempts at training
+instances; TRL's ``GRPOTrainer`` plays them through ``environment_factory`` over our sandbox and tools, ours through the
+suite's loop.  CPU seconds are of the process and its sandboxes, and say more than wall seconds on a shared machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import random
+import resource
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from trl import GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
+from trl.chat_template_utils import qwen3_5_template
+
+from pytest_pocket import sandbox, task_list, tools
+from pytest_pocket.backends.hf import HFBackend
+from pytest_pocket.chat import ToolCall
+from pytest_pocket.conditions import Condition
+from pytest_pocket.episode import Workshop, play
+from pytest_pocket.registry import shipped
+from pytest_pocket.sandbox import Sandbox
+from pytest_pocket.task import Final, instance_seed
+from pytest_pocket.training import data, fit, recipe, rlvr
+
+PARENT = shipped() / "sft-run6"
+TRACES_A_STEP = 4
+GROUP = 8
+PLAN = recipe.load("tiny")
+
+
+def loaded() -> tuple[Any, Any]:
+    """The parent and its tokenizer."""
+    model = AutoModelForCausalLM.from_pretrained(PARENT, dtype=torch.float32, local_files_only=True)
+    return model, AutoTokenizer.from_pretrained(PARENT, local_files_only=True)
+
+
+def spent() -> float:
+    """CPU seconds of this process and of the children that have ended."""
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(each.ru_utime + each.ru_stime for each in used)
+
+
+@contextmanager
+def timed(into: dict[str, float]) -> Iterator[None]:
+    """Put the wall and CPU seconds of what is done inside into a table."""
+    wall, cpu = time.monotonic(), spent()
+    yield
+    into |= {"wall_seconds": round(time.monotonic() - wall, 2), "cpu_seconds": round(spent() - cpu, 2)}
+
+
+def texts(tokenizer: Any, steps: int) -> list[fit.Rendered]:
+    """What is learned from: oracles' traces of training instances."""
+    workshop, teacher = Workshop(sandbox.select("auto")), data.Teacher(0.0, 0)
+    names = list(task_list.shipped())
+    found = []
+    for number in range(TRACES_A_STEP * steps):
+        task = task_list.find(names[number % len(names)])
+        episode = play(task, task.build(instance_seed("train", number)), teacher, workshop)
+        found.append(fit.render(tokenizer, data.trace(episode, False), "raw", think=False, everything=False))
+    return found
+
+
+def ours_sft(found: list[fit.Rendered], muon_lr: float) -> dict[str, float]:
+    """Our loop over the texts."""
+    model, _ = loaded()
+    tokens = sum(len(text.ids) for text in found)
+    plan = replace(PLAN.sft, tokens=tokens, muon_lr=muon_lr, adam_lr=1e-4)
+    batches = ([found[start : start + TRACES_A_STEP]] for start in range(0, len(found), TRACES_A_STEP))
+    table: dict[str, float] = {}
+    with tempfile.TemporaryDirectory() as folder, timed(table):
+        fit.fit_model(model, batches, plan, fit.State(Path(folder) / "state"))
+    return table
+
+
+def trl_sft(found: list[fit.Rendered]) -> dict[str, float]:
+    """TRL's SFTTrainer over the same ids, masked alike."""
+    model, tokenizer = loaded()
+    rows = Dataset.from_list([{"input_ids": text.ids, "assistant_masks": text.targets} for text in found])
+    table: dict[str, float] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        settings = SFTConfig(
+            folder, per_device_train_batch_size=TRACES_A_STEP, num_train_epochs=1, learning_rate=1e-4, report_to=[],
+            save_strategy="no", logging_strategy="no", use_cpu=True, bf16=False, gradient_checkpointing=False,
+            disable_tqdm=True, max_length=None,
+        )  # fmt: skip
+        trainer = SFTTrainer(model, settings, train_dataset=rows, processing_class=tokenizer)
+        with timed(table):
+            trainer.train()
+    return table
+
+
+class Environment:
+    """Our sandbox and tools as TRL wants an environment."""
+
+    workshop = Workshop(sandbox.select("auto"))
+
+    def __init__(self) -> None:
+        self._open: Sandbox | None = None
+        self._calls = 0
+
+    def reset(self, task: str, seed: int, **row: Any) -> None:
+        """A fresh workspace for an instance."""
+        self._end()
+        self._task = task_list.find(task)
+        self._instance = self._task.build(seed)
+        self._open = self.workshop.open(self._instance.files)
+        if self._instance.setup:
+            self._open.run(self._instance.setup)
+        self._before = self._open.snapshot()
+        self._calls = 0
+
+    def _end(self) -> None:
+        if self._open:
+            self.workshop.close(self._open)
+        self._open = None
+
+    def _run(self, name: str, arguments: dict[str, Any]) -> str:
+        assert self._open
+        self._calls += 1
+        given = {key: value for key, value in arguments.items() if value is not None}
+        return tools.run(ToolCall(name, given), self._open).text
+
+    def _reward(self, answer: str, stopped: bool) -> float:
+        assert self._open
+        after = self._open.snapshot()
+        self._end()
+        final = Final(answer, self._before, after, stopped, self._calls, self.workshop.probe)
+        return self._task.reward(self._instance, final).reward
+
+    def Read(self, file_path: str, offset: int | None = None, limit: int | None = None) -> str:
+        """Read a file.
+
+        Args:
+            file_path: The path.
+            offset: The first line.
+            limit: How many lines.
+        """
+        return self._run("Read", {"file_path": file_path, "offset": offset, "limit": limit})
+
+    def Write(self, file_path: str, content: str) -> str:
+        """Write a file.
+
+        Args:
+            file_path: The path.
+            content: What it holds.
+        """
+        return self._run("Write", {"file_path": file_path, "content": content})
+
+    def Edit(self, file_path: str, old_string: str, new_string: str, replace_all: bool | None = None) -> str:
+        """Replace text in a file.
+
+        Args:
+            file_path: The path.
+            old_string: What stands there.
+            new_string: What shall.
+            replace_all: Everywhere.
+        """
+        return self._run(
+            "Edit",
+            {
+                "file_path": file_path,
+                "old_string": old_string,
+                "new_string": new_string,
+                "replace_all": replace_all,
+            },
+        )
+
+    def Bash(self, command: str, timeout: int | None = None) -> str:
+        """Run a command.
+
+        Args:
+            command: The command.
+            timeout: Milliseconds.
+        """
+        return self._run("Bash", {"command": command, "timeout": timeout})
+
+    def Glob(self, pattern: str, path: str | None = None) -> str:
+        """Find files.
+
+        Args:
+            pattern: The pattern.
+            path: The folder.
+        """
+        return self._run("Glob", {"pattern": pattern, "path": path})
+
+    def Grep(self, pattern: str, path: str | None = None, glob: str | None = None) -> str:
+        """Search files.
+
+        Args:
+            pattern: The pattern.
+            path: The folder.
+            glob: Which files.
+        """
+        return self._run("Grep", {"pattern": pattern, "path": path, "glob": glob})
+
+
+def reward(completions: list[Any], environments: list[Environment], **_: Any) -> list[float]:
+    """The tasks' own rewards."""
+    return [
+        each._reward(str(said[-1].get("content") or ""), said[-1]["role"] == "assistant")
+        for said, each in zip(completions, environments, strict=True)
+    ]
+
+
+def trl_grpo(instances: int, steps: int) -> dict[str, float]:
+    """TRL's GRPOTrainer, its environments over our sandbox."""
+    model, tokenizer = loaded()
+    tokenizer.response_template = qwen3_5_template
+    choice = random.Random(0)
+    rows = []
+    for number in range(instances * steps):
+        instance = rlvr.drawn(list(task_list.shipped())[number % 19], choice)
+        prompt = [message.to_dict() for message in Condition("raw").messages(instance.prompt)]
+        rows.append({"prompt": prompt, "task": instance.task, "seed": instance.seed})
+    table: dict[str, float] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        settings = GRPOConfig(
+            folder, per_device_train_batch_size=instances * GROUP, num_generations=GROUP, max_steps=steps,
+            max_completion_length=PLAN.rlvr.tokens, max_tool_calling_iterations=PLAN.rlvr.turns, learning_rate=1e-4,
+            temperature=1.0, beta=0.0, report_to=[], save_strategy="no", logging_steps=1, use_cpu=True, bf16=False,
+            gradient_checkpointing=False, disable_tqdm=True,
+        )  # fmt: skip
+        trainer = GRPOTrainer(
+            model,
+            reward,
+            settings,
+            Dataset.from_list(rows),
+            processing_class=tokenizer,
+            environment_factory=Environment,
+        )
+        with timed(table):
+            trainer.train()
+    logged = [line["reward"] for line in trainer.state.log_history if "reward" in line]
+    return {**table, "reward": round(sum(logged) / len(logged), 3)}
+
+
+def ours_grpo(instances: int, steps: int) -> dict[str, float]:
+    """Our loop with one update a step; it is made to learn from all groups, as TRL's does."""
+    model, tokenizer = loaded()
+    plan = replace(PLAN.rlvr, prompts={"raw": 1.0}, instances=instances, group=GROUP, updates=1, muon_lr=0.0)
+    optimizers = fit.optimizers_of(model, 0.0, 1e-4)
+    workshop = Workshop(sandbox.select("auto"))
+    backend = HFBackend.around(model.eval(), tokenizer)
+    rewards = []
+    table: dict[str, float] = {}
+    try:
+        with timed(table):
+            for step in range(steps):
+                backend.weights_changed()
+                groups = rlvr.rollouts(plan, step, backend, workshop)
+                rewards += [episode.reward for group in groups for episode in group]
+                found = [
+                    rlvr.Sample(text, episode.reward - 0.5)
+                    for group in groups
+                    for episode in group
+                    for text in rlvr.sequences(rlvr.turns_of(episode), "raw")
+                ]
+                rlvr.update(model, None, optimizers, found, plan, str(step))
+    finally:
+        backend.close()
+    return {**table, "reward": round(sum(rewards) / len(rewards), 3)}
+
+
+def main() -> None:
+    """Measure, print, and write by option."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--steps", type=int, default=40, help="of SFT")
+    parser.add_argument("--rollout-steps", type=int, default=2)
+    parser.add_argument("--instances", type=int, default=8, help="of a step of GRPO, eight attempts each")
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
+    found = texts(loaded()[1], options.steps)
+    tokens = sum(len(text.ids) for text in found)
+    rollouts = options.rollout_steps * options.instances * GROUP
+    sft = {"trl": trl_sft(found), "ours": ours_sft(found, 0.0), "ours_with_muon": ours_sft(found, 0.002)}
+    grpo = {
+        "trl": trl_grpo(options.instances, options.rollout_steps),
+        "ours": ours_grpo(options.instances, options.rollout_steps),
+    }
+    for table, unit, count in ((sft, "tokens", tokens), (grpo, "rollouts", rollouts)):
+        for each in table.values():
+            each[f"{unit}_per_cpu_second"] = round(count / each["cpu_seconds"], 2)
+            each[f"{unit}_per_second"] = round(count / each["wall_seconds"], 2)
+    result = {
+        "command": "python tests/bench/bench_trl.py",
+        "versions": {name: version(name) for name in ("trl", "transformers", "torch")},
+        "torch_threads": 1,
+        "cpus": os.cpu_count(),
+        "machine": platform.machine(),
+        "sft": {"steps": options.steps, "traces_a_step": TRACES_A_STEP, "tokens": tokens, **sft},
+        "grpo": {"steps": options.rollout_steps, "rollouts": rollouts, **grpo},
+    }
+    text = json.dumps(result, indent=2)
+    print(text)
+    if options.out:
+        options.out.write_text(text + "\n")
+
+
+if __name__ == "__main__":
+    main()
