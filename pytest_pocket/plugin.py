@@ -242,7 +242,7 @@ def _test_of(task: Task, cells: list[Cell], session: Session | None) -> Callable
 
     test.__name__ = test.__qualname__ = task.name
     test.__doc__ = type(task).__doc__ or sys.modules[type(task).__module__].__doc__
-    test.place_as = type(task)  # type: ignore[attr-defined]  # where pytest says that it stands
+    test.place_as = _standing(type(task))  # type: ignore[attr-defined]  # where pytest says that it stands
     group = getattr(pytest.mark, task.group)
     if session is None:
         marked: Callable[..., None] = group(test)
@@ -253,6 +253,17 @@ def _test_of(task: Task, cells: list[Cell], session: Session | None) -> Callable
     ]
     marked = group(pytest.mark.parametrize("pocket_cell", parameters)(test))
     return marked
+
+
+def _standing(task: type[Task]) -> object:
+    """What stands where a class does: of a class itself, pytest would parse the file anew for each test."""
+    import inspect
+
+    try:
+        file, line = inspect.getsourcefile(task), inspect.getsourcelines(task)[1]
+    except (OSError, TypeError):
+        return task
+    return types.FunctionType(_standing.__code__.replace(co_filename=file or "", co_firstlineno=line), {})
 
 
 @functools.cache
