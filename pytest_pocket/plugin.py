@@ -7,6 +7,7 @@ needed: in a project that merely has the plugin installed, it compares a path fo
 from __future__ import annotations
 
 import functools
+import gc
 import importlib
 import importlib.util
 import sys
@@ -241,25 +242,38 @@ def _test_of(task: Task, cells: list[Cell], session: Session | None) -> Callable
 
     test.__name__ = test.__qualname__ = task.name
     test.__doc__ = type(task).__doc__ or sys.modules[type(task).__module__].__doc__
-    test.place_as = type(task)  # type: ignore[attr-defined]  # where pytest says that it stands
+    test.place_as = _standing(type(task))  # type: ignore[attr-defined]  # where pytest says that it stands
     group = getattr(pytest.mark, task.group)
     if session is None:
         marked: Callable[..., None] = group(test)
         return marked
     parameters = [
-        pytest.param(
-            cell,
-            id=cell.id,
-            marks=[
-                pytest.mark.model(name=cell.model),
-                pytest.mark.backend(name=session.models[cell.model].backend),
-                pytest.mark.condition(name=cell.condition.slug),
-            ],
-        )
+        pytest.param(cell, id=cell.id, marks=_marks(cell.model, cell.condition.slug, session))
         for cell in cells
     ]
     marked = group(pytest.mark.parametrize("pocket_cell", parameters)(test))
     return marked
+
+
+def _standing(task: type[Task]) -> object:
+    """What stands where a class does: of a class itself, pytest would parse the file anew for each test."""
+    import inspect
+
+    try:
+        file, line = inspect.getsourcefile(task), inspect.getsourcelines(task)[1]
+    except (OSError, TypeError):
+        return task
+    return types.FunctionType(_standing.__code__.replace(co_filename=file or "", co_firstlineno=line), {})
+
+
+@functools.cache
+def _marks(model: str, condition: str, session: Session) -> list[pytest.MarkDecorator]:
+    """The marks of a cell, which all runs and tasks share: made anew, they were a third of a collection."""
+    return [
+        pytest.mark.model(name=model),
+        pytest.mark.backend(name=session.models[model].backend),
+        pytest.mark.condition(name=condition),
+    ]
 
 
 class ConformanceFile(pytest.Module):
@@ -384,6 +398,22 @@ class Playing:
             f"{asked.split} split, runs {asked.runs}, samples {asked.samples}, seed {asked.seed}"
             + (f", shard {asked.shard}" if asked.shard else "")
         )
+
+    @pytest.hookimpl(wrapper=True, tryfirst=True)
+    def pytest_collection(self) -> Generator[None, Any, Any]:
+        """Tests stay until the end: no search for garbage among tens of thousands, now or later."""
+        searching = gc.isenabled()
+        gc.disable()
+        try:
+            return (yield)
+        finally:
+            gc.freeze()
+            if searching:
+                gc.enable()
+
+    def pytest_unconfigure(self) -> None:
+        """The process may go on: then what was a test is garbage."""
+        gc.unfreeze()
 
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
         """Leave out what other shards play."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterable
 from concurrent.futures import Future
 from typing import Generic, TypeVar
@@ -28,7 +29,7 @@ class Pool(Generic[C, R]):
     def __init__(self, play: Callable[[C], R], cells: Iterable[C], in_flight: int) -> None:
         self._play = play
         self._futures: dict[C, Future[R]] = {cell: Future() for cell in cells}
-        self._waiting = list(reversed(self._futures.items()))
+        self._waiting = OrderedDict(self._futures)
         self._threads = [
             threading.Thread(target=self._work, name=f"pocket-{number}", daemon=True)
             for number in range(min(in_flight, len(self._futures)))
@@ -50,7 +51,7 @@ class Pool(Generic[C, R]):
     def cancel(self, seconds: float = 1.0) -> None:
         """Start nothing more, and wait for what is in flight; the caller has cancelled engines and sandboxes."""
         with self._changed:
-            for _, future in self._waiting:
+            for future in self._waiting.values():
                 future.set_exception(Cancelled())
             self._waiting.clear()
             self._changed.notify_all()
@@ -69,9 +70,8 @@ class Pool(Generic[C, R]):
             if future is None:
                 return None
             self._claimed += 1
-            if (cell, future) in self._waiting:
-                self._waiting.remove((cell, future))
-                self._waiting.append((cell, future))
+            if cell in self._waiting:
+                self._waiting.move_to_end(cell, last=False)
             self._changed.notify_all()
             return future
 
@@ -90,4 +90,4 @@ class Pool(Generic[C, R]):
             if not self._waiting:
                 return None
             self._begun += 1
-            return self._waiting.pop()
+            return self._waiting.popitem(last=False)

@@ -378,6 +378,34 @@ def test_many_threads_have_their_own_sandboxes() -> None:
     assert results == [f"{number}\n{number}\nm\nn" for number in range(48)]
 
 
+FIRST_AT_ONCE = """
+from concurrent.futures import ThreadPoolExecutor
+from threading import Barrier
+
+from pytest_pocket.sandbox.bubblewrap import BubblewrapProvider
+
+together = Barrier(8)
+
+
+def one(number):
+    together.wait()
+    sandbox = BubblewrapProvider().open({"f": str(number)})
+    try:
+        return sandbox.run("cat f").output.decode()
+    finally:
+        sandbox.close()
+
+
+with ThreadPoolExecutor(8) as pool:
+    print(*pool.map(one, range(8)))
+"""
+
+
+def test_the_first_sandboxes_of_a_process_may_be_opened_at_once() -> None:
+    done = subprocess.run([sys.executable, "-c", FIRST_AT_ONCE], capture_output=True, text=True)
+    assert done.stdout == "0 1 2 3 4 5 6 7\n", done.stderr
+
+
 def test_a_sandbox_outlives_the_thread_that_opened_it() -> None:
     with ThreadPoolExecutor(1) as pool:
         opened = pool.submit(PROVIDER.open, {"a": "b\n"}).result()

@@ -108,6 +108,22 @@ def _counts_processes_by_namespace() -> bool:
     return release is not None and tuple(map(int, release.groups())) >= (5, 14)
 
 
+_preparing = threading.Lock()
+_prepared: set[int] = set()
+
+
+def _prepare(pid: int) -> None:
+    """Make what all sandboxes of this process share.  Raises OSError.
+
+    Under a lock: of two threads that open the first ones at once, each would make its own.
+    """
+    if pid not in _prepared:
+        with _preparing:
+            _arguments(pid)
+            _spawner(pid)
+            _prepared.add(pid)
+
+
 def _write(file: int, data: bytes) -> None:
     """Write all of the data at the beginning of a file.  Raises OSError."""
     done = 0
@@ -142,6 +158,7 @@ class BubblewrapSandbox:
         cleanup.callback(os.close, info)
         given = {INFO: info_writer}
         try:
+            _prepare(os.getpid())
             self._script = self._new_file(self._token, cleanup)
             if program := seccomp.program():
                 given[SECCOMP] = _memory_file(program)

@@ -1,0 +1,135 @@
+"""The same episode through Inspect AI, mini-swe-agent, verifiers and us, alternating, at equal concurrency.
+
+Run as ``sh tests/bench/peers/setup.sh && python tests/bench/peers/compare.py --out reports/bench/peers.json``.  What each peer
+does, and how it was set up to be fast, stands in its script; what isolation it has without Docker stands in the result.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+PEERS = HERE.parents[2] / ".peers"
+IN_FLIGHT = (1, 8, 32)
+US = "pytest-pocket"
+
+
+@dataclass(frozen=True)
+class Peer:
+    """A framework: its script and interpreter, and how many episodes it plays at each of IN_FLIGHT: about 2 s each."""
+
+    script: str
+    python: Path
+    episodes: tuple[int, int, int]
+    environment: dict[str, str] = field(default_factory=dict)
+
+    def rates(self) -> dict[str, Any]:
+        """What its script says: version, isolation, and episodes per second by number in flight."""
+        command = [str(self.python), str(HERE / self.script), "--in-flight", *map(str, IN_FLIGHT)]
+        command += ["--episodes", *map(str, self.episodes)]
+        environment = {**os.environ, "HF_HUB_OFFLINE": "1", **self.environment}
+        done = subprocess.run(command, capture_output=True, text=True, env=environment)
+        if done.returncode:
+            sys.exit(f"{' '.join(command)} failed:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
+        found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+        return found
+
+
+def of(environment: str) -> Path:
+    return PEERS / environment / "bin" / "python"
+
+
+ALL = {
+    US: Peer("pocket.py", Path(sys.executable), (100, 200, 200)),
+    "inspect-ai": Peer("inspect_ai_local.py", of("inspect"), (4, 32, 64)),
+    "mini-swe-agent": Peer("mini_swe_agent_local.py", of("mini_swe_agent"), (60, 120, 120)),
+    "mini-swe-agent, bubblewrap": Peer(
+        "mini_swe_agent_local.py", of("mini_swe_agent"), (30, 60, 64), {"MSWEA_ENVIRONMENT": "bubblewrap"}
+    ),
+    "verifiers": Peer("verifiers_local.py", of("verifiers"), (2, 16, 32)),
+    "verifiers, in-process loop": Peer(
+        "verifiers_local.py", of("verifiers"), (8, 48, 64), {"VERIFIERS_HARNESS": "in_process"}
+    ),
+}
+
+
+def measure(repeats: int) -> tuple[dict[str, dict[str, list[float]]], dict[str, dict[str, str]]]:
+    """The samples by peer and number in flight; and what each peer says of itself."""
+    samples: dict[str, dict[str, list[float]]] = {
+        name: {str(in_flight): [] for in_flight in IN_FLIGHT} for name in ALL
+    }
+    about = {}
+    for _ in range(repeats):
+        for name, peer in ALL.items():
+            found = peer.rates()
+            about[name] = {
+                "version": found["version"],
+                "isolation": found["isolation"],
+                "script": peer.script,
+            }
+            for in_flight, rate in found["episodes_per_s"].items():
+                samples[name][in_flight].append(round(rate, 3))
+    return samples, about
+
+
+def table(medians: dict[str, dict[str, float]], about: dict[str, dict[str, str]]) -> str:
+    """Episodes per second, and in brackets how many times as fast we are."""
+    lines = [" " * 36 + "".join(f"{in_flight:>9} in flight" for in_flight in IN_FLIGHT)]
+    for name, rates in medians.items():
+        cells = [f"{rate:9.1f} ({medians[US][in_flight] / rate:5.1f}x)" for in_flight, rate in rates.items()]
+        lines.append(f"{name + ' ' + about[name]['version']:36}" + " ".join(cells))
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, help="where to write the JSON")
+    parser.add_argument("--repeats", type=int, default=5)
+    options = parser.parse_args()
+    if missing := [name for name, peer in ALL.items() if not peer.python.exists()]:
+        sys.exit(f"no environment for {', '.join(missing)}: run sh tests/bench/peers/setup.sh")
+    load, start = os.getloadavg()[0], time.monotonic()
+    if load > 1:
+        print(f"the machine is busy (load {load:.1f}): these numbers will be too low", file=sys.stderr)
+    samples, about = measure(options.repeats)
+    medians = {
+        name: {in_flight: round(statistics.median(values), 3) for in_flight, values in rates.items()}
+        for name, rates in samples.items()
+    }
+    report = {
+        "episodes_per_s": medians,
+        "times_as_fast": {
+            name: {in_flight: round(medians[US][in_flight] / rate, 2) for in_flight, rate in rates.items()}
+            for name, rates in medians.items()
+        },
+        "peers": about,
+        "samples": samples,
+        "setting": {
+            "repeats": options.repeats,
+            "turns": 3,
+            "calls": 2,
+            "cores": os.cpu_count(),
+            "load_before": round(load, 2),
+            "seconds": round(time.monotonic() - start),
+            "python": platform.python_version(),
+            "machine": platform.machine(),
+        },
+    }
+    print(table(medians, about))
+    if options.out:
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        options.out.write_text(json.dumps(report, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
