@@ -14,6 +14,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from functools import cache
+from importlib.util import find_spec
 
 SYSTEM = ("/bin", "/sbin", "/lib", "/lib32", "/lib64")
 """Links into ``/usr`` on merged systems, else directories to be mounted beside it."""
@@ -39,6 +40,13 @@ SCRIPTS = "run/pocket"
 def mounted() -> tuple[str, ...]:
     """The directories of this system that a sandbox sees: ``/usr``, and what of :data:`SYSTEM` lies beside it."""
     return "/usr", *(path for path in SYSTEM if os.path.isdir(path) and not os.path.islink(path))
+
+
+def hidden() -> list[str]:
+    """The directories of this package that a sandbox would see: the tasks hold what a model is to find out."""
+    specs = filter(None, map(find_spec, ("pytest_pocket", "pytest_pocket.tasks")))
+    places = {os.path.realpath(place) for spec in specs for place in spec.submodule_search_locations or ()}
+    return sorted(path for path in places if any(path.startswith(f"{folder}/") for folder in mounted()))
 
 
 @cache
