@@ -32,9 +32,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from pytest_pocket.backends.deadline import deadline
 from pytest_pocket.chat import Cancelled, ChatReply, ChatRequest, EngineError, Message, ToolCall
 from pytest_pocket.parsing import Parsed, parse
 from pytest_pocket.registry import ModelError
+from pytest_pocket.vetting import Refused, vet
 
 JOIN_SHARE = 4
 """Waiting requests join once there is one for this many running: each join copies the whole cache."""
@@ -49,6 +51,8 @@ OPENING_TOKENS = 32
 JOIN_STEPS = 8
 """No request waits for longer than this many steps, if there is room in the batch."""
 UNLIMITED = 10**9
+TEMPLATE_SECONDS = 10.0
+"""How long a chat template may take: it is the model's, and may hold a loop without end."""
 
 _PROBE_TOOL = {
     "type": "function",
@@ -201,7 +205,7 @@ class HFBackend:
     ) -> list[int]:
         """The conversation as token ids; with ``prompt``, ending where the model is to write."""
         # The fast tokenizers keep state while they encode: one thread at a time.
-        with self._rendering:
+        with self._rendering, deadline(TEMPLATE_SECONDS):
             return render(self._tokenizer, messages, tools, think=think, prompt=prompt)
 
     def _decode(self, ids: Sequence[int]) -> str:
@@ -711,6 +715,11 @@ def base_of(path: str, adapter: str | None) -> tuple[str, str | None]:
             raise ModelError(f"no adapter in {adapter!r} (no adapter_config.json): give a PEFT directory")
         if not (Path(adapter) / "adapter_model.safetensors").is_file():
             raise ModelError(f"adapter {adapter!r} has no adapter_model.safetensors: save it as safetensors")
+    for folder in filter(Path.is_dir, map(Path, filter(None, (path, adapter)))):
+        try:
+            vet(folder)
+        except Refused as reason:
+            raise ModelError(str(reason)) from None
     return path, adapter
 
 

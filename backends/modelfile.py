@@ -61,7 +61,9 @@ def modelfile(path: str) -> Modelfile:
 
     path, _ = base_of(path, None)
     tokenizer = load_tokenizer(path)
-    config: Any = AutoConfig.from_pretrained(path, local_files_only=Path(path).is_dir())
+    config: Any = AutoConfig.from_pretrained(
+        path, local_files_only=Path(path).is_dir(), trust_remote_code=False
+    )
     parameters = {
         "num_ctx": config.get_text_config().max_position_embeddings,
         "temperature": 0,

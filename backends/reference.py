@@ -19,7 +19,9 @@ class Reference:
             from transformers import AutoConfig
 
             self._tokenizer = load_tokenizer(path)
-            config = AutoConfig.from_pretrained(path, local_files_only=Path(path).is_dir())
+            config = AutoConfig.from_pretrained(
+                path, local_files_only=Path(path).is_dir(), trust_remote_code=False
+            )
         except ImportError:
             raise ModelError(
                 "to count a prompt's tokens by ourselves transformers is needed: pip install 'pytest-pocket[hf]'"

@@ -2,6 +2,7 @@
 
 Small models wrap a right value in a few words.  Accepted are: the value alone; the value after "answer:" on
 the last line; the only quoted or bold span of a short answer; the end of a short sentence after "is" or ":".
+Of an answer that denies or offers a choice ("not `x`", "x or `y`"), only all of it is read as the value.
 """
 
 from __future__ import annotations
@@ -14,6 +15,11 @@ SHORT = 200
 _WRAPPING = "\"'`*“”‘’"
 _SPAN = re.compile(r"`([^`\n]+)`|\*\*([^*\n]+)\*\*|\"([^\"\n]+)\"")
 _TAIL = re.compile(r"(?:\b(?:is|are|was|prints|answer)\b|[:=])\s+(\S[^\n]*)$", re.IGNORECASE)
+
+_DENIES = re.compile(
+    r"\b(?:not|no|never|neither|nor|cannot|or|either|maybe|perhaps|might|unsure|wrong|false|incorrect)\b|n['’]t\b",
+    re.IGNORECASE,
+)
 
 
 def normal(text: str) -> str:
@@ -34,9 +40,10 @@ def candidates(answer: str) -> list[str]:
         if stripped.count("\n") <= 3 and (
             tail := _TAIL.search(stripped.splitlines()[-1] if stripped else "")
         ):
-            found.append(normal(tail.group(1)))
+            around = stripped.removesuffix(tail.group(1))
+            found += [normal(tail.group(1))] * (not _DENIES.search(around))
         spans = {normal(next(filter(None, groups))) for groups in _SPAN.findall(stripped)}
-        if len(spans) == 1:
+        if len(spans) == 1 and not _DENIES.search(_SPAN.sub("", stripped)):
             found.extend(spans)
     return found
 

@@ -22,8 +22,10 @@ from typing import Any
 from pytest_pocket import parsing, tools
 from pytest_pocket.chat import Backend
 from pytest_pocket.task import SUITE_VERSION
+from pytest_pocket.vetting import Refused, stay_inside, vet
 
 MANIFEST = "pocket.json"
+HUB_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*(/[A-Za-z0-9_][A-Za-z0-9._-]*)?")
 PARSER_PROBES = (
     "",
     "Done.\n",
@@ -112,6 +114,9 @@ def read_manifest(directory: Path) -> Model:
     match this suite: a checkpoint is trained for one template and one set of tools."""
     path = directory / MANIFEST
     try:
+        if path.is_file():
+            stay_inside(directory)
+            vet(directory)
         manifest = json.loads(path.read_text())
         name, stage, parent = manifest["name"], manifest["stage"], manifest["parent"]
         files: dict[str, str] = manifest["files"]
@@ -130,7 +135,9 @@ def read_manifest(directory: Path) -> Model:
         raise ModelError(
             f"{directory} holds no {MANIFEST}: give a checkpoint directory, or hf:{directory}"
         ) from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except Refused as reason:
+        raise ModelError(str(reason)) from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ModelError(
             f"broken manifest {path}: {type(error).__name__}: {error}; train or fetch the checkpoint again"
         ) from None
@@ -158,17 +165,31 @@ def read_manifest(directory: Path) -> Model:
         )
     target, adapter = str(directory), ""
     if adapter_of:
-        target, adapter = adapter_of, str(directory)
-        if adapter_of.startswith("."):
-            base = (directory / adapter_of).resolve()
-            if not base.is_dir():
-                raise ModelError(
-                    f"the base of adapter {name!r} is missing: {base}; put it there, or train {parent!r} first"
-                )
-            target = str(base)
+        target, adapter = _base(directory, name, adapter_of, parent), str(directory)
     return Model(
         name, "hf", target, adapter, parent, stage, sha256_json(files), str(manifest.get("description", ""))
     )
+
+
+def _base(directory: Path, name: str, adapter_of: str, parent: str) -> str:
+    """The base of an adapter: a hub name, or a folder where a checkpoint's own may be.  Raises ModelError."""
+    if not adapter_of.startswith("."):
+        if not HUB_NAME.fullmatch(adapter_of):
+            raise ModelError(
+                f"the base {adapter_of!r} of adapter {name!r} is neither a hub name nor a path like ../base"
+            )
+        return adapter_of
+    base = (directory / adapter_of).resolve()
+    homes = (directory.resolve().parent, Path.cwd(), shipped().resolve())
+    if not any(base.is_relative_to(home) for home in homes):
+        raise ModelError(
+            f"the base of adapter {name!r} is far away: {base}; put it beside the adapter, or start where it is below"
+        )
+    if not base.is_dir():
+        raise ModelError(
+            f"the base of adapter {name!r} is missing: {base}; put it there, or train {parent!r} first"
+        )
+    return str(base)
 
 
 def shipped() -> Path:

@@ -175,7 +175,7 @@ def score(final: Final, *checks: Check, may_change: Sequence[str] = ()) -> Score
 
     ``may_change`` are the paths that the task asked to change, create or delete.
     """
-    ignored = NOT_DAMAGE.union(may_change)
+    ignored = (NOT_DAMAGE & final.before.keys()).union(may_change)
     paths = (final.before.keys() | final.after.keys()) - ignored
     damaged = sorted(path for path in paths if final.before.get(path) != final.after.get(path))
     outcome = sum(check.value for check in checks) / len(checks)

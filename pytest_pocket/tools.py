@@ -21,6 +21,7 @@ DEFAULT_SECONDS = Limits().call_seconds
 MAX_SECONDS = 60.0
 MAX_SCRIPT = 100_000
 """Bytes.  The kernel takes no argument of more than 128 KiB."""
+MAX_FILE = Limits().workspace_bytes
 MODES = ("content", "files_with_matches", "count")
 
 
@@ -263,6 +264,9 @@ def _edit(
         raise _Wrong(f"old_string not found in {file_path}")
     if count > 1 and not replace_all:
         raise _Wrong(f"old_string occurs {count} times in {file_path}; give more context or set replace_all")
+    # Before it is made, in this process: a short text in place of each letter of a large file is gigabytes.
+    if len(text) + count * (len(new_string) - len(old_string)) > MAX_FILE:
+        raise _Wrong(f"{file_path} would be longer than {MAX_FILE} characters; give a shorter new_string")
     _put(sandbox, file_path, text.replace(old_string, new_string))
     return ToolResult(f"Edited {file_path}")
 

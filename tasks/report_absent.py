@@ -78,6 +78,7 @@ class ReportAbsent(Task):
         lines = [line for line in final.answer.splitlines() if line.strip()]
         pairs = [line.strip().lstrip("-* ").partition(":") for line in lines]
         said = {normal(name): normal(value) for name, _, value in pairs}
-        right = said == answers
+        # A name that is given two values has been given none.
+        right = said == answers and len(pairs) == len(answers)
         # Calling everything absent, or inventing a value for both, is no partial success.
         return score(final, Check("both", float(right), final.answer[:120]))

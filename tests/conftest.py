@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from pathlib import Path
 
+import hypothesis
 import pytest
 from engine_fixtures import llama_server_binary, ollama_double, vllm_command
 from suite_run import play_suite
 from toy_project import Project
 
 __all__ = ["llama_server_binary", "ollama_double", "project", "suite_run", "vllm_command"]
+
+# HYPOTHESIS_PROFILE=nightly looks for what makes a parser raise for hours rather than seconds.
+hypothesis.settings.register_profile(
+    "nightly",
+    max_examples=int(os.environ.get("HYPOTHESIS_EXAMPLES", 100_000)),
+    deadline=None,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],
+)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
 # A shell's background job ignores interrupts, and so would all that the tests start from it.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:

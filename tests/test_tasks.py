@@ -82,8 +82,8 @@ def steps_of(task: Task, instance: Instance, request: ChatRequest) -> list[ToolC
         return steps
 
 
-def bash(command: str) -> ToolCall:
-    return ToolCall("Bash", {"command": command})
+def bash(command: str, **more: int) -> ToolCall:
+    return ToolCall("Bash", {"command": command, **more})
 
 
 def write(path: str, content: str) -> ToolCall:

@@ -30,6 +30,7 @@ from pytest_pocket.registry import (
 from pytest_pocket.task import SUITE_VERSION
 from pytest_pocket.training import plot, world
 from pytest_pocket.training.recipe import RL, Fit, Preference, Recipe, Weights
+from pytest_pocket.vetting import vet
 
 
 def save(
@@ -127,9 +128,17 @@ def load(name: str, weights: Weights) -> tuple[Model, Any, Any]:
         raise ModelError(f"model {name!r} runs on {found.backend}, and training needs weights for hf")
     here = Path(found.target).is_dir()
     try:
-        words = AutoTokenizer.from_pretrained(found.adapter or found.target, local_files_only=here)
+        for folder in filter(Path.is_dir, map(Path, filter(None, (found.target, found.adapter)))):
+            vet(folder)
+        words = AutoTokenizer.from_pretrained(
+            found.adapter or found.target, local_files_only=here, trust_remote_code=False
+        )
         model: Any = AutoModelForCausalLM.from_pretrained(
-            found.target, dtype=getattr(torch, weights.dtype), use_safetensors=True, local_files_only=here
+            found.target,
+            dtype=getattr(torch, weights.dtype),
+            use_safetensors=True,
+            local_files_only=here,
+            trust_remote_code=False,
         )
     except (OSError, ValueError) as error:
         raise ModelError(f"cannot load {found.target}: {str(error).splitlines()[0]}") from error

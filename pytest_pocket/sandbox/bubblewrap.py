@@ -8,8 +8,8 @@ a directory descriptor of the workspace.  Nothing on the host can be written fro
 The agent runs from a copy of bash that nobody may read: the kernel then lets no process of the same user
 trace it, touch its memory or open its pipes through ``/proc/1/fd``, so a status cannot be forged.
 
-Not covered: attacks on the kernel, and the memory that kernel objects take (inodes, pipe buffers), for which
-a container with a memory limit is the better provider.
+Not covered: attacks on the kernel, and the memory of some kernel objects (file locks, pipe buffers), for which a
+container with a memory limit is the better provider.  Where it becomes scarce, the kernel ends sandboxes first.
 """
 
 from __future__ import annotations
@@ -60,6 +60,10 @@ KILL_SECONDS = 5.0
 WATCH_SECONDS = 0.1
 TIMED_OUT = 124
 OUT_OF_MEMORY = 137
+INODE_BYTES = 1024
+"""What the kernel reckons for a file of a tmpfs, apart from its content (``BOGO_INODE_SIZE`` in mm/shmem.c)."""
+SOCKET_BYTES = 4 * 2**20
+"""What the buffers of one socket may hold (the largest size of ``net.ipv4.tcp_wmem``): no limit counts it."""
 
 
 @cache
@@ -75,6 +79,8 @@ def _arguments(pid: int) -> tuple[str, ...]:
     words += ["--ro-bind", root.directory(pid), "/"]
     for path in root.mounted():
         words += ["--ro-bind", path, path]
+    for path in root.hidden():
+        words += ["--ro-bind", f"{root.directory(pid)}/workspace", path]
     # bwrap's own --dev would add terminals, a second file system and a third for shared memory.
     for name in root.DEVICES:
         words += ["--dev-bind", f"/dev/{name}", f"/dev/{name}"]
@@ -196,6 +202,8 @@ class BubblewrapSandbox:
         flags = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
         self._workspace = os.open(f"/proc/{pid}/root/workspace", flags)
         cleanup.callback(os.close, self._workspace)
+        self._tmp = os.open(f"/proc/{pid}/root/tmp", flags)
+        cleanup.callback(os.close, self._tmp)
         self._proc = os.open(f"/proc/{pid}/root/proc", flags)
         cleanup.callback(os.close, self._proc)
         with contextlib.suppress(OSError), open(f"/proc/{pid}/oom_score_adj", "w") as file:
@@ -338,16 +346,25 @@ class BubblewrapSandbox:
         return CommandResult(int(status) if forced is None else forced, b"".join(chunks), timed_out, cut)
 
     def _memory(self) -> int:
-        """Bytes of memory of all processes inside: RLIMIT_AS bounds each one only."""
+        """Bytes of memory of all processes inside, and of the kernel for them: RLIMIT_AS bounds each one only."""
         total = 0
         for name in os.listdir(self._proc):
             if name.isdigit():
-                with contextlib.suppress(OSError):
-                    status = os.open(f"{name}/status", os.O_RDONLY | os.O_CLOEXEC, dir_fd=self._proc)
-                    with open(status) as file:
-                        text = file.read()
-                    total += sum(int(kib) for kib in re.findall(r"Rss(?:Anon|Shmem):\s+(\d+)", text)) * 1024
-        return total
+                text = self._proc_text(f"{name}/status")
+                total += sum(int(kib) for kib in re.findall(r"Rss(?:Anon|Shmem):\s+(\d+)", text)) * 1024
+        for folder in (self._workspace, self._tmp):
+            info = os.fstatvfs(folder)
+            total += (info.f_files - info.f_ffree) * INODE_BYTES
+        sockets = re.search(r"sockets: used (\d+)", self._proc_text("1/net/sockstat"))
+        return total + (int(sockets[1]) * SOCKET_BYTES if sockets else 0)
+
+    def _proc_text(self, path: str) -> str:
+        """A file of the sandbox's ``/proc``; empty when it is gone."""
+        with contextlib.suppress(OSError):
+            file = os.open(path, os.O_RDONLY | os.O_CLOEXEC, dir_fd=self._proc)
+            with open(file) as stream:
+                return stream.read()
+        return ""
 
     def snapshot(self) -> Mapping[str, FileState]:
         """Every file of the workspace.  Between calls only the agent is alive, so nothing moves."""

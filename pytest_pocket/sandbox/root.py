@@ -14,6 +14,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from functools import cache
+from importlib.util import find_spec
 
 SYSTEM = ("/bin", "/sbin", "/lib", "/lib32", "/lib64")
 """Links into ``/usr`` on merged systems, else directories to be mounted beside it."""
@@ -41,6 +42,13 @@ def mounted() -> tuple[str, ...]:
     return "/usr", *(path for path in SYSTEM if os.path.isdir(path) and not os.path.islink(path))
 
 
+def hidden() -> list[str]:
+    """The directories of this package that a sandbox would see: the tasks hold what a model is to find out."""
+    specs = filter(None, map(find_spec, ("pytest_pocket", "pytest_pocket.tasks")))
+    places = {os.path.realpath(place) for spec in specs for place in spec.submodule_search_locations or ()}
+    return sorted(path for path in places if any(path.startswith(f"{folder}/") for folder in mounted()))
+
+
 @cache
 def directory(pid: int) -> str:
     """The path of the root, for as long as this process (``pid``: a fork makes its own) lives.
@@ -49,7 +57,8 @@ def directory(pid: int) -> str:
     """
     root = tempfile.mkdtemp(prefix="pocket-root-")
     atexit.register(_remove, root)
-    os.chmod(root, 0o755)
+    # bwrap may run as nobody, and nothing in here is secret: the agent can be run, the scripts passed.
+    os.chmod(root, 0o755)  # nosec B103
     for path in (*mounted(), "/proc", "/dev", "/etc", "/run", "/tmp", "/workspace", f"/{SCRIPTS}"):
         os.mkdir(root + path)
     for path in filter(os.path.islink, SYSTEM):
@@ -68,12 +77,12 @@ def directory(pid: int) -> str:
         os.symlink(target, f"{root}/etc/alternatives/{name}")
     shutil.copyfile(shutil.which("bash") or "/bin/bash", f"{root}/{AGENT}")
     for folder, _, names in os.walk(root):
-        os.chmod(folder, 0o755)
+        os.chmod(folder, 0o755)  # nosec B103
         for path in (os.path.join(folder, name) for name in names):
             if not os.path.islink(path):
                 os.chmod(path, 0o644)
-    os.chmod(f"{root}/{AGENT}", 0o111)
-    os.chmod(f"{root}/{SCRIPTS}", 0o311)
+    os.chmod(f"{root}/{AGENT}", 0o111)  # nosec B103
+    os.chmod(f"{root}/{SCRIPTS}", 0o311)  # nosec B103
     return root
 
 

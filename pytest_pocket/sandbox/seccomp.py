@@ -1,8 +1,15 @@
 """The system calls that a sandbox refuses: memory that no limit counts, namespaces, tracing, rarely audited corners.
 
-Without it a process could hold memory files (``memfd_create``) or segments (``shmget``) of any total size, or mount
+Without it a process could hold memory files (``memfd_create``), segments (``shmget``), semaphores or queues of any
+total size, use up what the host's user may have of asynchronous requests (``io_setup``) and file watches, or mount
 file systems of any size in namespaces of its own.  ``clone3`` takes its flags where a filter cannot read them, so it
 is told to be missing, and C libraries then use ``clone``.
+
+Sockets are of three families.  A network namespace does not hold the others: over ``AF_VSOCK`` a process talks to
+the hypervisor of a virtual machine, whatever its namespace.
+
+Limits and scheduling of another process are refused too: the kernel would let a process set those of the agent,
+which has the same user.
 """
 
 from __future__ import annotations
@@ -14,13 +21,21 @@ import struct
 REFUSED = {
     "x86_64": {
         "shmget": 29,
+        "semget": 64,
+        "msgget": 68,
         "ptrace": 101,
+        "syslog": 103,
         "mount": 165,
+        "io_setup": 206,
+        "mq_open": 240,
         "add_key": 248,
         "request_key": 249,
         "keyctl": 250,
+        "inotify_init": 253,
         "unshare": 272,
+        "inotify_init1": 294,
         "perf_event_open": 298,
+        "fanotify_init": 300,
         "setns": 308,
         "process_vm_readv": 310,
         "process_vm_writev": 311,
@@ -31,14 +46,21 @@ REFUSED = {
         "memfd_secret": 447,
     },
     "aarch64": {
+        "io_setup": 0,
+        "inotify_init1": 26,
         "mount": 40,
         "unshare": 97,
+        "syslog": 116,
         "ptrace": 117,
+        "mq_open": 180,
+        "msgget": 186,
+        "semget": 190,
         "shmget": 194,
         "add_key": 217,
         "request_key": 218,
         "keyctl": 219,
         "perf_event_open": 241,
+        "fanotify_init": 262,
         "setns": 268,
         "process_vm_readv": 270,
         "process_vm_writev": 271,
@@ -51,6 +73,13 @@ REFUSED = {
 }
 CLONE = {"x86_64": 56, "aarch64": 220}
 CLONE3 = 435
+SOCKETS = {"x86_64": (41, 53), "aarch64": (198, 199)}
+"""``socket`` and ``socketpair``."""
+OWN = {"x86_64": (142, 144, 203, 302, 314), "aarch64": (118, 119, 122, 261, 274)}
+"""``sched_setparam``, ``sched_setscheduler``, ``sched_setaffinity``, ``prlimit64`` and ``sched_setattr``: of process 0,
+which is the caller."""
+FAMILIES = (1, 2, 10)
+"""``AF_UNIX``, ``AF_INET`` and ``AF_INET6``."""
 NAMESPACES = 0x7E020000
 """The flags of ``clone`` that ask for a new namespace of any kind: ``CLONE_NEW*`` in include/uapi/linux/sched.h."""
 AUDIT_ARCHITECTURES = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
@@ -59,7 +88,7 @@ FOREIGN = 0x40000000
 LOAD, EQUAL, AT_LEAST, ANY_BIT, RETURN = 0x20, 0x15, 0x35, 0x45, 0x06
 ALLOW, KILL_PROCESS, EPERM, ENOSYS = 0x7FFF0000, 0x80000000, 0x00050001, 0x00050026
 # Offsets in struct seccomp_data, the lower half of the first argument on these machines.
-NUMBER, ARCHITECTURE, FLAGS = 0, 4, 16
+NUMBER, ARCHITECTURE, FIRST = 0, 4, 16
 
 
 def program(machine: str = platform.machine()) -> bytes:
@@ -68,7 +97,8 @@ def program(machine: str = platform.machine()) -> bytes:
         return b""
     numbers = sorted(REFUSED[machine].values())
     # Jumps count the steps that they leave out.
-    refuse = len(numbers) + 6
+    own = OWN[machine]
+    refuse = len(numbers) + len(own) + 15
     steps = [
         (LOAD, 0, 0, ARCHITECTURE),
         (EQUAL, 1, 0, AUDIT_ARCHITECTURES[machine]),
@@ -77,12 +107,22 @@ def program(machine: str = platform.machine()) -> bytes:
         (AT_LEAST, refuse, 0, FOREIGN),
     ]
     steps += [(EQUAL, refuse - 1 - place, 0, number) for place, number in enumerate(numbers)]
+    steps += [(EQUAL, len(own) + 11 - place, 0, number) for place, number in enumerate(own)]
     steps += [
         (EQUAL, 0, 1, CLONE3),
         (RETURN, 0, 0, ENOSYS),
+        (EQUAL, 5, 0, SOCKETS[machine][0]),
+        (EQUAL, 4, 0, SOCKETS[machine][1]),
         (EQUAL, 0, 2, CLONE[machine]),
-        (LOAD, 0, 0, FLAGS),
-        (ANY_BIT, 1, 0, NAMESPACES),
+        (LOAD, 0, 0, FIRST),
+        (ANY_BIT, 8, 0, NAMESPACES),
+        (RETURN, 0, 0, ALLOW),
+        (LOAD, 0, 0, FIRST),
+        (EQUAL, 4, 0, FAMILIES[0]),
+        (EQUAL, 3, 0, FAMILIES[1]),
+        (EQUAL, 2, 3, FAMILIES[2]),
+        (LOAD, 0, 0, FIRST),
+        (EQUAL, 0, 1, 0),
         (RETURN, 0, 0, ALLOW),
         (RETURN, 0, 0, EPERM),
     ]

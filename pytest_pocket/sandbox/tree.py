@@ -15,7 +15,7 @@ from pytest_pocket.sandbox import FileState
 
 MAX_ENTRIES = 10_000
 MAX_DEPTH = 64
-CUT = "[the rest of the workspace was not read: too many entries, or too deep]"
+CUT = "[the rest of the workspace was not read: too many entries, too deep, or closed]"
 """The path under which a snapshot says that it is not complete."""
 OTHER = FileState("other", b"")
 
@@ -45,6 +45,8 @@ def printable(name: str) -> str:
 
 def read(root: int, max_bytes: int) -> dict[str, FileState]:
     """Every file under an open directory.  What is beyond ``max_bytes`` in all (sparse files) is "other"."""
+    if os.fstat(root).st_mode & 0o500 != 0o500:
+        return {CUT: OTHER}
     found: dict[str, FileState] = {}
     left = max_bytes
     for seen, (path, state) in enumerate(_walk(root, "", MAX_DEPTH)):
