@@ -2,7 +2,8 @@
 
 Small models wrap a right value in a few words.  Accepted are: the value alone; the value after "answer:" on
 the last line; the only quoted or bold span of a short answer; the end of a short sentence after "is" or ":".
-Of an answer that denies or offers a choice ("not `x`", "x or `y`"), only all of it is read as the value.
+Of a sentence that denies or offers a choice ("not `x`", "x or `y`"), only all of the answer is read as the value; what
+stands in the sentences before it is the answer's own story ("a.ini does not exist, but b.ini says `x`").
 """
 
 from __future__ import annotations
@@ -20,6 +21,9 @@ _DENIES = re.compile(
     r"\b(?:not|no|never|neither|nor|cannot|or|either|maybe|perhaps|might|unsure|wrong|false|incorrect)\b|n['’]t\b",
     re.IGNORECASE,
 )
+
+
+_SENTENCE_END = re.compile(r"[.!?;]\s+|\n|\bbut\b", re.IGNORECASE)
 
 
 def normal(text: str) -> str:
@@ -40,12 +44,17 @@ def candidates(answer: str) -> list[str]:
         if stripped.count("\n") <= 3 and (
             tail := _TAIL.search(stripped.splitlines()[-1] if stripped else "")
         ):
-            around = stripped.removesuffix(tail.group(1))
-            found += [normal(tail.group(1))] * (not _DENIES.search(around))
+            before = stripped.removesuffix(tail.group(1))
+            found += [normal(tail.group(1))] * (not _denies(before))
         spans = {normal(next(filter(None, groups))) for groups in _SPAN.findall(stripped)}
-        if len(spans) == 1 and not _DENIES.search(_SPAN.sub("", stripped)):
+        if len(spans) == 1 and not _denies(*_SPAN.sub("`", stripped).split("`", 1)):
             found.extend(spans)
     return found
+
+
+def _denies(before: str, after: str = "") -> bool:
+    """Whether the words around a value, from where its sentence begins, deny it or offer it as a choice."""
+    return _DENIES.search(_SENTENCE_END.split(before)[-1] + after) is not None
 
 
 def says(answer: str, value: str) -> bool:
