@@ -3,29 +3,32 @@
 Only what a third-party task, backend or model needs is public here; importing it loads no engine.
 """
 
-from pytest_pocket.chat import (
-    Backend,
-    Cancelled,
-    ChatReply,
-    ChatRequest,
-    EngineError,
-    Message,
-    Sampling,
-    ToolCall,
-)
-from pytest_pocket.task import (
-    SUITE_VERSION,
-    Check,
-    Draw,
-    Final,
-    Instance,
-    Kinds,
-    Problem,
-    Score,
-    Solution,
-    Task,
-    score,
-)
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pytest_pocket.chat import (
+        Backend,
+        Cancelled,
+        ChatReply,
+        ChatRequest,
+        EngineError,
+        Message,
+        Sampling,
+        ToolCall,
+    )
+    from pytest_pocket.task import (
+        SUITE_VERSION,
+        Check,
+        Draw,
+        Final,
+        Instance,
+        Kinds,
+        Problem,
+        Score,
+        Solution,
+        Task,
+        score,
+    )
 
 __version__ = "0.1.0"
 
@@ -50,3 +53,14 @@ __all__ = [
     "ToolCall",
     "score",
 ]
+
+
+def __getattr__(name: str) -> object:
+    """Imported when first asked for: a project that merely has the plugin installed pays for none of it."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from pytest_pocket import chat, task
+
+    found: object = getattr(chat, name, None) or getattr(task, name)
+    globals()[name] = found
+    return found

@@ -10,6 +10,7 @@ verifiers ships nothing for: it is the least that any harness can cost, not what
 from __future__ import annotations
 
 import asyncio
+import functools
 import json
 import logging
 import os
@@ -23,6 +24,7 @@ from typing import Any
 # Its programs are installed by uv, from this environment.
 os.environ["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
 
+import httpx
 import toy
 import verifiers.v1 as vf
 from aiohttp import web
@@ -72,6 +74,12 @@ class Ports(vf.Taskset[PortTask, vf.TasksetConfig]):
             number += 1
 
 
+@functools.cache
+def shared(loop: asyncio.AbstractEventLoop) -> httpx.AsyncClient:
+    """One connection pool for all rollouts: a client for each would cost more than its calls."""
+    return httpx.AsyncClient(timeout=600, limits=httpx.Limits(max_connections=None))
+
+
 class InProcess(vf.Harness[vf.HarnessConfig]):
     """The same loop as the harness ``bash``, without a program of its own."""
 
@@ -88,21 +96,23 @@ class InProcess(vf.Harness[vf.HarnessConfig]):
         data: vf.TaskData,
     ) -> vf.ProgramResult:
         messages: list[Any] = [{"role": "user", "content": data.prompt}]
-        async with AsyncOpenAI(base_url=endpoint, api_key=secret) as client:
-            while True:
-                completion = await client.chat.completions.create(
-                    model=ctx.model, messages=messages, tools=[BASH]
+        client = AsyncOpenAI(
+            base_url=endpoint, api_key=secret, http_client=shared(asyncio.get_running_loop())
+        )
+        while True:
+            completion = await client.chat.completions.create(
+                model=ctx.model, messages=messages, tools=[BASH]
+            )
+            said = completion.choices[0].message
+            messages.append(said.model_dump(exclude_none=True))
+            if not said.tool_calls:
+                return vf.ProgramResult(0, "", "")
+            for call in said.tool_calls:
+                wanted = json.loads(call.function.arguments)["command"]
+                result = await runtime.run(["bash", "-c", wanted], {})
+                messages.append(
+                    {"role": "tool", "tool_call_id": call.id, "content": result.stdout + result.stderr}
                 )
-                said = completion.choices[0].message
-                messages.append(said.model_dump(exclude_none=True))
-                if not said.tool_calls:
-                    return vf.ProgramResult(0, "", "")
-                for call in said.tool_calls:
-                    wanted = json.loads(call.function.arguments)["command"]
-                    result = await runtime.run(["bash", "-c", wanted], {})
-                    messages.append(
-                        {"role": "tool", "tool_call_id": call.id, "content": result.stdout + result.stderr}
-                    )
 
 
 def reply(messages: list[dict[str, Any]]) -> dict[str, Any]:
