@@ -14,6 +14,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+import engine_fixtures
 import pytest
 from engine_fixtures import SOURCES
 
@@ -63,8 +64,7 @@ def client(ollama_double: str, tmp_path_factory: pytest.TempPathFactory) -> Iter
 
 @pytest.fixture
 def template(client: Any) -> str:
-    if not shutil.which("go"):
-        pytest.skip("go renders a TEMPLATE, and is missing")
+    engine_fixtures.go()
     return "template"
 
 
