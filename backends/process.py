@@ -67,6 +67,10 @@ class Process:
         text = Path(self._log.name).read_text(errors="replace")
         return "\n".join(text.splitlines()[-LAST_LINES:])
 
+    def last(self) -> str:
+        """The last that it printed, on one line."""
+        return " | ".join(self.log().splitlines()[-3:])
+
     def cancel(self) -> None:
         """Stop waiting for the server, from any thread."""
         self._cancelled.set()

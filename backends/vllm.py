@@ -15,14 +15,16 @@ import shutil
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import httpx
+import openai
 
 from pytest_pocket.backends.openai import OpenAIBackend, first_line
 from pytest_pocket.backends.process import Process, free_port
+from pytest_pocket.chat import ChatReply, ChatRequest
 from pytest_pocket.registry import Model, ModelError
 
 RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
@@ -34,11 +36,28 @@ class VLLMBackend(OpenAIBackend):
     """A model of a vLLM server.  ``started`` is the server that the session started for it, where it did."""
 
     server = "vLLM"
+    wider = (
+        "start it with `vllm serve MODEL --max-model-len TOKENS`, or without: POCKET_VLLM_ARGS of the session"
+    )
     mend = "start it with `vllm serve MODEL --enable-auto-tool-choice --tool-call-parser NAME`, or unset VLLM_BASE_URL"
 
     def __init__(self, name: str, base_url: str, *, started: Started | None = None, **options: Any) -> None:
         self._started = started
         super().__init__(name, base_url, api_key=os.environ.get("VLLM_API_KEY"), **options)
+
+    def chats(self, request: ChatRequest, seeds: Sequence[int]) -> list[ChatReply]:
+        """So many replies to one request.  vLLM gives each the seed after the last one's: the first seed counts.
+
+        Raises as ``chat``.
+        """
+        first = replace(request, sampling=replace(request.sampling, seed=seeds[0]))
+        if len(seeds) == 1:
+            return [self.chat(first)]
+        try:
+            return self._ask(first, first.sampling.max_tokens, count=len(seeds))
+        except openai.APIStatusError:
+            # What is wrong with the prompt is wrong with each reply.
+            return [self.chat(first)] * len(seeds)
 
     def close(self) -> None:
         """Hang up, and end the server with its last model."""
@@ -50,8 +69,7 @@ class VLLMBackend(OpenAIBackend):
     def _explain(self, error: Exception) -> str:
         said = super()._explain(error)
         if self._started and not self._started.process.running:
-            last = " | ".join(self._started.process.log().splitlines()[-3:])
-            return f"the vLLM server of {self.name!r} has died: {last}"
+            return f"the vLLM server of {self.name!r} has died: {self._started.process.last()}"
         return said
 
 
@@ -155,7 +173,8 @@ def _parsers(target: str) -> list[str]:
             f"the chat template of {target} spells tool calls in an unknown way: start vLLM yourself with the right "
             "--tool-call-parser, and set VLLM_BASE_URL"
         )
-    return ["--tool-call-parser", tools]
+    reasoning = ["--reasoning-parser", "qwen3"] if "</think>" in template else []
+    return ["--tool-call-parser", tools, *reasoning]
 
 
 def _template(target: str) -> str:
