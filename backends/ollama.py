@@ -172,9 +172,7 @@ class OllamaBackend:
         except EngineError as error:
             raise ModelError(str(error)) from error
         if reply.truncated:
-            raise ModelError(
-                f"{self} cuts a short prompt: its window of {self._options['num_ctx']} is too small"
-            )
+            raise ModelError(self._widen())
         return reply
 
     def _loaded(self) -> int:

@@ -192,9 +192,12 @@ class OpenAIBackend:
 
     def _probed(self, request: ChatRequest) -> ChatReply:
         try:
-            return self.chat(request)
+            reply = self.chat(request)
         except EngineError as error:
             raise ModelError(str(error)) from error
+        if reply.truncated:
+            raise ModelError(self._widen())
+        return reply
 
     def _ask(
         self, request: ChatRequest, max_tokens: int, more: Mapping[str, Any] = {}, count: int = 1

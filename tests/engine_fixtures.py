@@ -30,6 +30,17 @@ def find(name: str, script: str) -> Path:
     return program
 
 
+def start(folder: Path, *options: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """A session in a folder of its own."""
+    return subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:randomly", "-p", "no:cacheprovider", *options],
+        cwd=folder,
+        env={**os.environ, "COLUMNS": "200", **environment},
+        capture_output=True,
+        text=True,
+    )
+
+
 def missing(what: str) -> NoReturn:
     """Skip the test, or fail it where the engines are required."""
     if os.environ.get("POCKET_ENGINES") == "required":

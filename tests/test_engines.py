@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from engine_fixtures import start
 
 pytest.importorskip("openai")
 pytest.importorskip("gguf")
@@ -42,17 +43,6 @@ FORCED = (
 )
 
 pytestmark = [pytest.mark.timeout(900), pytest.mark.xdist_group("engines")]
-
-
-def start(folder: Path, *options: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """A session in a folder of its own."""
-    return subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:randomly", "-p", "no:cacheprovider", *options],
-        cwd=folder,
-        env={**os.environ, "COLUMNS": "200", **environment},
-        capture_output=True,
-        text=True,
-    )
 
 
 def shown(done: subprocess.CompletedProcess[str]) -> dict[str, str]:
@@ -147,7 +137,13 @@ def test_all_engines_play_the_same_episodes(
     done = start(
         tmp_path,
         *("--pyargs", "pytest_pocket.tasks", f"--pocket-model={','.join(models)}", "--runs=1"),
-        *("--pocket-fail-under=0", "--pocket-records=run", "-k", "read or stop or exit_status"),
+        *(
+            "--pocket-fail-under=0",
+            "--pocket-records=run",
+            "--pocket-timeout=600",
+            "-k",
+            "read or stop or exit_status",
+        ),
         OLLAMA_HOST=ollama,
         **vllm,
     )
