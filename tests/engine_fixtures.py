@@ -41,6 +41,13 @@ def start(folder: Path, *options: str, **environment: str) -> subprocess.Complet
     )
 
 
+def shown(done: subprocess.CompletedProcess[str]) -> dict[str, str]:
+    """The last column of the table of properties."""
+    lines = [line.strip("| ").split(" | ") for line in done.stdout.splitlines() if line.startswith("| ")]
+    assert lines, done.stdout[-3000:] + done.stderr[-3000:]
+    return {line[0]: line[-1] for line in lines if line[0] not in ("property", "---")}
+
+
 def missing(what: str) -> NoReturn:
     """Skip the test, or fail it where the engines are required."""
     if os.environ.get("POCKET_ENGINES") == "required":

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from engine_fixtures import start
+from engine_fixtures import shown, start
 
 pytest.importorskip("openai")
 pytest.importorskip("gguf")
@@ -43,13 +43,6 @@ FORCED = (
 )
 
 pytestmark = [pytest.mark.timeout(900), pytest.mark.xdist_group("engines")]
-
-
-def shown(done: subprocess.CompletedProcess[str]) -> dict[str, str]:
-    """The last column of the table of properties."""
-    lines = [line.strip("| ").split(" | ") for line in done.stdout.splitlines() if line.startswith("| ")]
-    assert lines, done.stdout[-3000:] + done.stderr[-3000:]
-    return {line[0]: line[-1] for line in lines if line[0] not in ("property", "---")}
 
 
 def expected(**different: str) -> dict[str, str]:
@@ -158,6 +151,14 @@ def test_all_engines_play_the_same_episodes(
         trajectories = {model: json.dumps(record["messages"]) for model, record in of_models.items()}
         assert set(trajectories.values()) == {trajectories[MODEL]}
         assert len({record["reward"] for record in of_models.values()}) == 1
+
+
+def test_the_opt_in_suite_against_a_real_ollama_runs(tmp_path: Path, ollama_double: str) -> None:
+    """Against the double: it shows that the suite runs, and nothing of Ollama."""
+    suite = Path(__file__).with_name("test_real_ollama.py")
+    done = start(tmp_path, str(suite), "-m", "real_ollama", "-rs", OLLAMA_HOST=ollama_double)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+    assert " passed" in done.stdout
 
 
 def random_adapter(folder: Path) -> Path:
