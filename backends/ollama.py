@@ -144,11 +144,16 @@ class OllamaBackend:
         except EngineError as error:
             raise ModelError(str(error)) from None
         except (httpx.HTTPError, ValueError, KeyError) as error:
-            raise ModelError(f"what answers at {self.host} is no Ollama: {first_line(error)}") from None
+            raise ModelError(
+                f"what answers at {self.host} (for {self.name!r}) is no Ollama: set OLLAMA_HOST; {first_line(error)}"
+            ) from None
         self._version = str(version)
         if _numbers(self._version) < OLDEST:
             oldest = ".".join(map(str, OLDEST))
-            raise ModelError(f"Ollama {version} at {self.host} is too old: update it to {oldest} or newer")
+            raise ModelError(
+                f"Ollama {version} at {self.host} (for {self.name!r}) is too old: update it to {oldest} or newer "
+                "(https://ollama.com/download)"
+            )
         capabilities = frozenset(shown.capabilities or ())
         if "tools" not in capabilities:
             raise ModelError(
@@ -159,7 +164,9 @@ class OllamaBackend:
         own = next((int(value) for key, value in info.items() if key.endswith(".context_length")), NUM_CTX)
         self._options = {**PLAIN, "num_ctx": num_ctx or min(own, NUM_CTX)}
         if num_ctx and num_ctx > own:
-            raise ModelError(f"num_ctx {num_ctx} is more than the {own} tokens that {self} was made for")
+            raise ModelError(
+                f"num_ctx {num_ctx} is more than the {own} tokens that {self} was made for: set the option to {own}"
+            )
         return capabilities
 
     def _probed(self, request: ChatRequest) -> ChatReply:

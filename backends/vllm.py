@@ -178,22 +178,28 @@ def _parsers(target: str) -> list[str]:
 
 
 def _template(target: str) -> str:
-    """The chat template of a folder, or of a hub name that is in the cache; empty where it is not known."""
-    if Path(target).is_dir():
-        folder = Path(target)
-    else:
-        from huggingface_hub import try_to_load_from_cache
+    """The chat template of a folder or of a hub name; empty where it is not known."""
+    for file in ("chat_template.jinja", "tokenizer_config.json"):
+        try:
+            path = Path(target) / file if Path(target).is_dir() else Path(_fetched(target, file))
+            text = path.read_text()
+            found = text if file.endswith(".jinja") else json.loads(text).get("chat_template", "")
+        except (OSError, ValueError):
+            continue
+        if found:
+            return str(found)
+    return ""
 
-        found = try_to_load_from_cache(target, "tokenizer_config.json")
-        if not isinstance(found, str):
-            return ""
-        folder = Path(found).parent
+
+def _fetched(name: str, file: str) -> str:
+    """A file of the hub, from its cache where it is there.  Raises OSError, ValueError."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError
+
     try:
-        if (folder / "chat_template.jinja").is_file():
-            return (folder / "chat_template.jinja").read_text()
-        return str(json.loads((folder / "tokenizer_config.json").read_text()).get("chat_template", ""))
-    except (OSError, ValueError):
-        return ""
+        return str(hf_hub_download(name, file))
+    except HfHubHTTPError as error:
+        raise OSError(first_line(error)) from None
 
 
 def _rank(adapters: Sequence[str]) -> int:
