@@ -7,14 +7,17 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from engine_fixtures import shown, start
+from toy_project import wait_for
 
 pytest.importorskip("openai")
 pytest.importorskip("gguf")
@@ -22,7 +25,10 @@ pytest.importorskip("gguf")
 from pytest_pocket import conformance, records
 from pytest_pocket.backends import gguf_file
 from pytest_pocket.backends.process import Process, free_port
-from pytest_pocket.registry import shipped
+from pytest_pocket.backends.vllm import VLLMBackend
+from pytest_pocket.chat import ChatRequest, EngineError, Sampling
+from pytest_pocket.registry import Registry, shipped
+from pytest_pocket.tools import SCHEMAS
 
 MODEL = "rlvr-v1"
 VLLM = {
@@ -106,6 +112,44 @@ def test_vllm_does_what_is_asked_of_it(tmp_path: Path, vllm: dict[str, str]) -> 
     }
     assert adapted["greedy as transformers"] == "yes"
     assert adapted["reference prompt"] == "yes"
+
+
+def test_vllm_samples_candidates_at_once_ends_in_time_and_is_said_when_it_dies(
+    vllm: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One server for all of it: it takes a minute to start."""
+    for name, value in {**vllm, "VLLM_BASE_URL": ""}.items():
+        monkeypatch.setenv(name, value)
+    registry = Registry()
+    backend = registry.build(registry.resolve(f"vllm:{MODEL}"))
+    assert isinstance(backend, VLLMBackend)
+    try:
+        seeds = (5, 6, 7)
+        request = ChatRequest(conformance.GREETING, SCHEMAS, Sampling(1.5, seeds[0], max_tokens=24))
+        together = backend.chats(request, seeds)
+        alone = [
+            backend.chat(replace(request, sampling=Sampling(1.5, seed, max_tokens=24))) for seed in seeds
+        ]
+        assert [reply.completion_ids for reply in together] == [reply.completion_ids for reply in alone]
+        assert [reply.evidence["seed"] for reply in together] == list(seeds)
+        assert {reply.evidence["sampled_at_once"] for reply in together} == {3}
+        assert all(reply.logprob is not None and reply.logprob < 0 for reply in together)
+
+        assert backend._started
+        endless = VLLMBackend(MODEL, backend._started.base_url, extra={"ignore_eos": True})
+        late = endless.chat(ChatRequest(conformance.GREETING, (), Sampling(max_tokens=1900), seconds=3))
+        endless.close()
+        assert (late.finish, late.calls, late.evidence["finish_reason"]) == ("time", (), "late")
+        assert 0 < late.completion_tokens < 1900
+
+        process = backend._started.process
+        found = subprocess.run(["pgrep", "-P", str(process._keeper.pid)], capture_output=True, text=True)
+        os.kill(int(found.stdout.split()[0]), signal.SIGKILL)
+        wait_for(lambda: not process.running)
+        with pytest.raises(EngineError, match=f"the vLLM server of '{MODEL}' has died: "):
+            backend.chat(request)
+    finally:
+        backend.close()
 
 
 def test_llama_cpp_does_what_is_asked_of_it(tmp_path: Path, llama: str) -> None:
