@@ -286,7 +286,8 @@ class OllamaBackend:
 
     def _explain(self, error: Exception) -> str:
         """An error in one line: the model, the server, what to do."""
-        if self._started and not self._started.running:
+        lost = isinstance(error, httpx.TransportError | ConnectionError)
+        if self._started and lost and self._started.ended():
             return f"the Ollama server of {self.name!r} has died: {self._started.last()}"
         match error:
             case ollama.ResponseError(status_code=404):

@@ -68,7 +68,8 @@ class VLLMBackend(OpenAIBackend):
 
     def _explain(self, error: Exception) -> str:
         said = super()._explain(error)
-        if self._started and not self._started.process.running:
+        lost = isinstance(error, openai.APIConnectionError | httpx.TransportError)
+        if self._started and lost and self._started.process.ended():
             return f"the vLLM server of {self.name!r} has died: {self._started.process.last()}"
         return said
 
