@@ -119,33 +119,30 @@ def test_a_model_without_tools(tmp_path: Path, ollama_double: str) -> None:
     )
 
 
-def test_a_window_that_is_too_small_for_any_prompt(tmp_path: Path, weights: Path, ollama_double: str) -> None:
-    client = ollama.Client(host=ollama_double)
-    client.create("narrow", files={weights.name: client.create_blob(weights)})
-    (tmp_path / "pyproject.toml").write_text(
-        "[tool.pocket.models.narrow]\nbackend = 'ollama'\ntarget = 'narrow'\noptions = { num_ctx = 64 }\n"
-    )
-    said = beside_the_oracle(tmp_path, "narrow", OLLAMA_HOST=ollama_double)
-    client.delete("narrow")
-    assert f"model 'narrow' of Ollama at {ollama_double} has a window of 64 tokens" in said
-    assert "num_ctx higher" in said
-
-
-def test_a_window_that_episodes_outgrow_makes_them_truncated_not_wrong(
-    tmp_path: Path, llama_server_binary: Path, weights: Path
+def test_a_window_that_is_too_small_makes_episodes_truncated_not_wrong(
+    tmp_path: Path, llama_server_binary: Path, weights: Path, ollama_double: str
 ) -> None:
     (tmp_path / "conftest.py").write_text(LONG_TASK)
+    (tmp_path / "pyproject.toml").write_text(
+        "[tool.pocket.models.narrow]\nbackend = 'ollama'\ntarget = 'narrow'\noptions = { num_ctx = 512 }\n"
+    )
+    client = ollama.Client(host=ollama_double)
+    client.create("narrow", files={weights.name: client.create_blob(weights)})
     process, url = llama(llama_server_binary, weights, "-c", "768", "-np", "1")
-    options = (f"--pocket-model=openai:{MODEL}@{url},oracle", "--pocket-prompt=raw", "--pocket-records=run")
-    done = start(tmp_path, *options, ".")
+    models = f"--pocket-model=openai:{MODEL}@{url},narrow,oracle"
+    options = (models, "--pocket-prompt=raw", "--pocket-records=run", "--tb=short")
+    done = start(tmp_path, *options, ".", OLLAMA_HOST=ollama_double)
     process.close()
+    client.delete("narrow")
     assert done.returncode == pytest.ExitCode.TESTS_FAILED
     _, found = records.load(tmp_path / "run")
     assert {record["model"]: record["outcome"] for record in found} == {
         f"openai:{MODEL}@{url}": "truncated",
+        "narrow": "truncated",
         "oracle": "passed",
     }, done.stdout[-3000:]
     assert f"model '{MODEL}' at {url} has a window of 768 tokens, and a prompt did not fit" in done.stdout
+    assert f"model 'narrow' of Ollama at {ollama_double} has a window of 512 tokens" in done.stdout
 
 
 LONG_TASK = """
