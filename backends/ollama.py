@@ -40,6 +40,8 @@ MALFORMED = re.compile(
     r"error parsing tool call|XML syntax error|invalid character|unexpected end of JSON|failed to parse", re.I
 )
 """How an error reads that is the model's fault: it wrote a call that Ollama cannot read (ollama#12884)."""
+REPEATS = re.compile(r"token repeat limit reached", re.I)
+"""How Ollama tells that it has given up on a model that says one token over and over: others let it, to its limit."""
 TOO_LONG = re.compile(r"(exceeds?|longer than).{0,40}context", re.I)
 PLAIN: dict[str, Any] = {
     "top_k": 0,
@@ -109,6 +111,16 @@ class OllamaBackend:
             if MALFORMED.search(text):
                 problem = "the call cannot be read: write it exactly as the tools are described"
                 return ChatReply("", malformed=problem, evidence=evidence)
+            if REPEATS.search(text):
+                said = wire.Said("".join(heard.content), "".join(heard.thinking))
+                parsed = wire.read(said, request.tools)
+                return ChatReply(
+                    parsed.content,
+                    thinking=parsed.thinking,
+                    finish="length",
+                    completion_tokens=len(heard.content),
+                    evidence=evidence,
+                )
             if TOO_LONG.search(text):
                 return ChatReply("", truncated=True, evidence={**evidence, "mend": self._widen()})
             raise EngineError(self._explain(error)) from error
