@@ -37,7 +37,8 @@ OLDEST = (0, 10, 0)
 START_SECONDS = 300.0
 """How long the first request may take: it loads the model."""
 MALFORMED = re.compile(
-    r"error parsing tool call|invalid tool call arguments|XML syntax error|invalid character|unexpected end of JSON|failed to parse",
+    r"error parsing tool call|invalid tool call arguments|XML syntax error|invalid character|"
+    r"unexpected end of JSON|failed to parse",
     re.I,
 )
 """How an error reads that is the model's fault: it wrote a call that Ollama cannot read (ollama#12884)."""
