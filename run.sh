@@ -1,7 +1,8 @@
 #!/bin/sh
 # Sets everything up, then runs:
 #   sh run.sh          the embedded model through the 19 tasks (more arguments go to pytest)
-#   sh run.sh tests    the project's own tests (more arguments go to pytest)
+#   sh run.sh tests    the project's own tests (more arguments go to pytest); those of engines that are not
+#                      there are skipped: sh tests/engines/llama.sh and vllm.sh make them
 #   sh run.sh reports  the tables of the documents and reports/page.html, from the committed runs
 # The environment is .venv (VENV overrides it), pinned by constraints.txt.  PYTHON names the interpreter.
 set -eu
@@ -42,7 +43,7 @@ fi
 
 if [ "${1:-}" = tests ]; then
     shift
-    exec "$VENV/bin/python" -m pytest tests -n 2 "$@"
+    exec "$VENV/bin/python" -m pytest tests -n 2 --dist loadgroup "$@"
 fi
 if [ "${1:-}" = reports ]; then
     "$VENV/bin/python" reports/render.py

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import threading
+import time
 from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar
 
@@ -22,6 +23,8 @@ LONGEST_WAIT = 8.0
 """Seconds between two tries, at most; an engine that is busy says itself (Retry-After) when to come back."""
 SECONDS = 600.0
 """How long a request may take that belongs to no episode."""
+MARGIN = 5.0
+"""Seconds before an episode's end at which a reply that is being written is taken as it is."""
 PASSING = frozenset({408, 409, 425, 429, 502, 503, 504})
 """HTTP statuses that may be gone at the next try.  500 is not: engines answer so to a model's malformed call."""
 
@@ -117,6 +120,11 @@ class Caller:
     def _may_pass(self, error: BaseException) -> bool:
         """Whether the same request may be answered at the next try."""
         return isinstance(error, self._lost) or getattr(error, "status_code", None) in PASSING
+
+
+def in_time(seconds: float | None) -> float | None:
+    """When a reply that is being written must be taken as it is, on the clock of the event loop."""
+    return None if seconds is None else time.monotonic() + max(seconds - MARGIN, 0.8 * seconds)
 
 
 def _pause(state: tenacity.RetryCallState) -> float:

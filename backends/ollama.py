@@ -21,7 +21,7 @@ import httpx
 import ollama
 
 from pytest_pocket.backends import wire
-from pytest_pocket.backends.caller import Caller
+from pytest_pocket.backends.caller import Caller, in_time
 from pytest_pocket.backends.openai import first_line
 from pytest_pocket.backends.probe import probe
 from pytest_pocket.backends.process import Process, free_port
@@ -32,16 +32,18 @@ from pytest_pocket.registry import ModelError
 
 NUM_CTX = 32768
 """Tokens: an episode of 12 turns with long tool results fits.  A model with a smaller window gets its own."""
-OLDEST = (0, 9, 0)
-"""The first version whose interface has ``think``."""
+OLDEST = (0, 10, 0)
+"""The first version that tells the window with which it has loaded a model; 0.9 brought ``think``."""
 START_SECONDS = 300.0
 """How long the first request may take: it loads the model."""
-MARGIN = 5.0
-"""Seconds before an episode's end at which a reply that is being written is taken as it is."""
 MALFORMED = re.compile(
-    r"error parsing tool call|XML syntax error|invalid character|unexpected end of JSON|failed to parse", re.I
+    r"error parsing tool call|invalid tool call arguments|XML syntax error|invalid character|"
+    r"unexpected end of JSON|failed to parse",
+    re.I,
 )
 """How an error reads that is the model's fault: it wrote a call that Ollama cannot read (ollama#12884)."""
+REPEATS = re.compile(r"token repeat limit reached", re.I)
+"""How Ollama tells that it has given up on a model that says one token over and over: others let it, to its limit."""
 TOO_LONG = re.compile(r"(exceeds?|longer than).{0,40}context", re.I)
 PLAIN: dict[str, Any] = {
     "top_k": 0,
@@ -93,6 +95,8 @@ class OllamaBackend:
         self._proof = found.evidence()
         self.supports_think = "thinking" in self._capabilities and found.think != 0
         self.supports_temperature = found.temperature_varies
+        self.supports_greedy = found.greedy_holds
+        self.caveats = found.caveats(str(self))
 
     def __str__(self) -> str:
         return f"model {self.name!r} of Ollama at {self.host}"
@@ -101,15 +105,26 @@ class OllamaBackend:
         """Answer one request.  Raises EngineError for the engine's faults, Cancelled after ``cancel``."""
         heard = _Heard()
         try:
-            self._caller.call(lambda: self._stream(request, heard), request.seconds or START_SECONDS)
+            end = in_time(request.seconds)
+            self._caller.call(lambda: self._stream(request, heard, end), request.seconds or START_SECONDS)
         except ollama.ResponseError as error:
             text = first_line(error.error)
             evidence = {**self._sent(request), "error": text}
             if MALFORMED.search(text):
                 problem = "the call cannot be read: write it exactly as the tools are described"
                 return ChatReply("", malformed=problem, evidence=evidence)
+            if REPEATS.search(text):
+                said = wire.Said("".join(heard.content), "".join(heard.thinking))
+                parsed = wire.read(said, request.tools)
+                return ChatReply(
+                    parsed.content,
+                    thinking=parsed.thinking,
+                    finish="length",
+                    completion_tokens=len(heard.content),
+                    evidence=evidence,
+                )
             if TOO_LONG.search(text):
-                return ChatReply("", truncated=True, evidence=evidence)
+                return ChatReply("", truncated=True, evidence={**evidence, "mend": self._widen()})
             raise EngineError(self._explain(error)) from error
         except (EngineError, Cancelled):
             raise
@@ -143,11 +158,16 @@ class OllamaBackend:
         except EngineError as error:
             raise ModelError(str(error)) from None
         except (httpx.HTTPError, ValueError, KeyError) as error:
-            raise ModelError(f"what answers at {self.host} is no Ollama: {first_line(error)}") from None
+            raise ModelError(
+                f"what answers at {self.host} (for {self.name!r}) is no Ollama: set OLLAMA_HOST; {first_line(error)}"
+            ) from None
         self._version = str(version)
         if _numbers(self._version) < OLDEST:
             oldest = ".".join(map(str, OLDEST))
-            raise ModelError(f"Ollama {version} at {self.host} is too old: update it to {oldest} or newer")
+            raise ModelError(
+                f"Ollama {version} at {self.host} (for {self.name!r}) is too old: update it to {oldest} or newer "
+                "(https://ollama.com/download)"
+            )
         capabilities = frozenset(shown.capabilities or ())
         if "tools" not in capabilities:
             raise ModelError(
@@ -158,7 +178,9 @@ class OllamaBackend:
         own = next((int(value) for key, value in info.items() if key.endswith(".context_length")), NUM_CTX)
         self._options = {**PLAIN, "num_ctx": num_ctx or min(own, NUM_CTX)}
         if num_ctx and num_ctx > own:
-            raise ModelError(f"num_ctx {num_ctx} is more than the {own} tokens that {self} was made for")
+            raise ModelError(
+                f"num_ctx {num_ctx} is more than the {own} tokens that {self} was made for: set the option to {own}"
+            )
         return capabilities
 
     def _probed(self, request: ChatRequest) -> ChatReply:
@@ -171,9 +193,7 @@ class OllamaBackend:
         except EngineError as error:
             raise ModelError(str(error)) from error
         if reply.truncated:
-            raise ModelError(
-                f"{self} cuts a short prompt: its window of {self._options['num_ctx']} is too small"
-            )
+            raise ModelError(self._widen())
         return reply
 
     def _loaded(self) -> int:
@@ -196,26 +216,25 @@ class OllamaBackend:
             f"{self} is not among the running models after a request: keep_alive is {self._keep_alive!r}"
         )
 
-    async def _stream(self, request: ChatRequest, heard: _Heard) -> None:
+    async def _stream(self, request: ChatRequest, heard: _Heard, end: float | None) -> None:
         sampling = request.sampling
         heard.clear()
-        stream = await self._client.chat(
-            self.name,
-            wire.ollama_messages(request.messages),
-            tools=list(request.tools) or None,
-            stream=True,
-            think=sampling.think if "thinking" in self._capabilities else None,
-            options={
-                **self._options,
-                "temperature": sampling.temperature,
-                "seed": sampling.seed % 2**31,
-                "num_predict": sampling.max_tokens,
-            },
-            keep_alive=self._keep_alive,
-        )
-        limit = max(request.seconds - MARGIN, MARGIN) if request.seconds else None
         try:
-            async with asyncio.timeout(limit):
+            async with asyncio.timeout_at(end):
+                stream = await self._client.chat(
+                    self.name,
+                    wire.ollama_messages(request.messages),
+                    tools=list(request.tools) or None,
+                    stream=True,
+                    think=sampling.think if "thinking" in self._capabilities else None,
+                    options={
+                        **self._options,
+                        "temperature": sampling.temperature,
+                        "seed": sampling.seed % 2**31,
+                        "num_predict": sampling.max_tokens,
+                    },
+                    keep_alive=self._keep_alive,
+                )
                 async for part in stream:
                     heard.add(part)
         except TimeoutError:
@@ -238,13 +257,21 @@ class OllamaBackend:
                 f"{self} thinks though it was told not to, and has no switch: think off is not honoured"
             )
         late = heard.late and not heard.done
+        if heard.completion_tokens > request.sampling.max_tokens:
+            raise EngineError(
+                f"{self} wrote {heard.completion_tokens} tokens where {request.sampling.max_tokens} were allowed: "
+                "num_predict is not honoured"
+            )
+        truncated = not late and self._tripwire.cut(request, heard.prompt_tokens, evidence)
+        if truncated:
+            evidence["mend"] = self._widen()
         return ChatReply(
             parsed.content,
             thinking=parsed.thinking,
             calls=() if late else parsed.calls,
             malformed="" if late else parsed.malformed,
             finish="time" if late else "length" if heard.reason == "length" else "stop",
-            truncated=not late and self._tripwire.cut(request, heard.prompt_tokens, evidence),
+            truncated=truncated,
             prompt_tokens=heard.prompt_tokens,
             completion_tokens=heard.completion_tokens,
             evidence=evidence,
@@ -260,11 +287,22 @@ class OllamaBackend:
             "max_tokens": sampling.max_tokens,
             "server": self.host,
             "engine": f"ollama {self._version}",
-            "window": int(self._options["num_ctx"]),
+            "num_ctx": int(self._options["num_ctx"]),
+            "window": getattr(self, "model_window", 0),
         }
+
+    def _widen(self) -> str:
+        """What to do about a window that is too small, in one line."""
+        return (
+            f"{self} has a window of {self._options['num_ctx']} tokens, and a prompt did not fit: set the option "
+            "num_ctx higher ([tool.pocket.models.NAME] options), or take a model that was made for more"
+        )
 
     def _explain(self, error: Exception) -> str:
         """An error in one line: the model, the server, what to do."""
+        lost = isinstance(error, httpx.TransportError | ConnectionError)
+        if self._started and lost and self._started.ended():
+            return f"the Ollama server of {self.name!r} has died: {self._started.last()}"
         match error:
             case ollama.ResponseError(status_code=404):
                 return f"Ollama at {self.host} has no model {self.name!r}: ollama pull {self.name}"

@@ -4,11 +4,14 @@
 needed.  Servers understand more than the common fields, each its own: ``DIALECTS`` has what is needed so
 that a temperature means the plain distribution on all of them.
 
-Replies are not streamed: servers parse calls out of a stream by other, younger code than out of a whole text.
+Replies are streamed from the servers in ``STREAMED`` alone, so that a reply which the episode's time ends is the
+model's and not a server that hangs.  Others parse calls out of a stream by other, younger code than out of a whole
+text, and llama.cpp gives no log-probabilities there.
 """
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import re
@@ -19,7 +22,8 @@ import httpx
 import openai
 
 from pytest_pocket.backends import wire
-from pytest_pocket.backends.caller import Caller
+from pytest_pocket.backends.caller import Caller, in_time
+from pytest_pocket.backends.completion import Answer, Choice
 from pytest_pocket.backends.probe import probe
 from pytest_pocket.backends.reference import Reference
 from pytest_pocket.backends.tripwire import Evidence, Tripwire
@@ -45,6 +49,8 @@ call that the limit has cut a whole one without arguments; llama.cpp forces a ca
 the template for, so that a model that was trained on another layout of the same tags writes what it never would.
 llama.cpp is asked to leave the text alone (``tool_choice``); vLLM tells the tokens that it sampled.
 """
+STREAMED = ("vllm",)
+"""Servers that tell the sampled tokens in a stream too, so that how they parse it does not matter."""
 THINK_BY = ("chat_template_kwargs", "none")
 START_SECONDS = 300.0
 """How long a probe may take: a server may load the model at its first request."""
@@ -72,7 +78,8 @@ class OpenAIBackend:
     """
 
     server = "server"
-    mend = "start it, or set OPENAI_BASE_URL"
+    mend = "start it (llama.cpp: `llama-server -m FILE.gguf --jinja`), or set OPENAI_BASE_URL to where it is"
+    wider = "start it with a larger one (llama.cpp: `llama-server -c TOKENS`, for each of its -np slots)"
 
     def __init__(
         self,
@@ -109,7 +116,7 @@ class OpenAIBackend:
             max_retries=0,  # the caller retries, for all engines in one way
             timeout=None,  # and knows how long an episode has
         )
-        self._caller = Caller(self._explain, (openai.APIConnectionError,))
+        self._caller = Caller(self._explain, (openai.APIConnectionError, httpx.TransportError))
         self.model_window = 0
         self._proof: Mapping[str, int] = {}
         try:
@@ -122,6 +129,8 @@ class OpenAIBackend:
         self._proof = found.evidence()
         self.supports_think = think_by != "none" and found.think != 0
         self.supports_temperature = found.temperature_varies
+        self.supports_greedy = found.greedy_holds
+        self.caveats = found.caveats(str(self))
 
     def __str__(self) -> str:
         return f"model {self.name!r} at {self.shown}"
@@ -129,7 +138,7 @@ class OpenAIBackend:
     def chat(self, request: ChatRequest) -> ChatReply:
         """Answer one request.  Raises EngineError for the engine's faults, Cancelled after ``cancel``."""
         try:
-            return self._ask(request, request.sampling.max_tokens)
+            return self._ask(request, request.sampling.max_tokens)[0]
         except openai.APIStatusError as error:
             text = _message(error)
             if UNREADABLE.search(text):
@@ -150,7 +159,7 @@ class OpenAIBackend:
         if self._dialect not in FORCED:
             raise EngineError(f"{self} cannot be made to write a given text")
         try:
-            return self._ask(request, request.sampling.max_tokens, FORCED[self._dialect](text))
+            return self._ask(request, request.sampling.max_tokens, FORCED[self._dialect](text))[0]
         except openai.APIStatusError as error:
             if UNREADABLE.search(_message(error)):
                 return self._unread(request, _message(error))
@@ -183,11 +192,17 @@ class OpenAIBackend:
 
     def _probed(self, request: ChatRequest) -> ChatReply:
         try:
-            return self.chat(request)
+            reply = self.chat(request)
         except EngineError as error:
             raise ModelError(str(error)) from error
+        if reply.truncated:
+            raise ModelError(self._widen())
+        return reply
 
-    def _ask(self, request: ChatRequest, max_tokens: int, more: Mapping[str, Any] = {}) -> ChatReply:
+    def _ask(
+        self, request: ChatRequest, max_tokens: int, more: Mapping[str, Any] = {}, count: int = 1
+    ) -> list[ChatReply]:
+        """So many replies to one request, sampled with its seed and those that follow it."""
         sampling = request.sampling
         body = {**DIALECTS.get(self._dialect, {}), **self._extra, **more}
         if self._think_by == "chat_template_kwargs":
@@ -195,48 +210,78 @@ class OpenAIBackend:
         fields: dict[str, Any] = {"tools": list(request.tools)} if request.tools else {}
         if request.tools and self._calls_by == "suite" and self._dialect != "vllm":
             fields["tool_choice"] = "none"
-        completion = self._caller.call(
-            lambda: self._client.chat.completions.create(
-                model=self.name,
-                messages=wire.openai_messages(request.messages),  # type: ignore[arg-type]
-                temperature=sampling.temperature,
-                top_p=1.0,
-                seed=sampling.seed % 2**31,
-                max_tokens=max_tokens,
-                logprobs=True,
-                extra_body=body,
-                **fields,
-            ),
-            request.seconds,
-        )
-        return self._reply(request, completion, max_tokens)
+        if count > 1:
+            fields["n"] = count
+        fields |= {
+            "model": self.name,
+            "messages": wire.openai_messages(request.messages),
+            "temperature": sampling.temperature,
+            "top_p": 1.0,
+            "seed": sampling.seed % 2**31,
+            "max_tokens": max_tokens,
+            "logprobs": True,
+            "extra_body": body,
+        }
+        end = in_time(request.seconds)
+        answer = self._caller.call(lambda: self._complete(fields, count, end), request.seconds)
+        if len(answer.choices) != count:
+            raise EngineError(f"{self} answered with {len(answer.choices)} messages, not {count}")
+        return [self._reply(request, answer, index, max_tokens) for index in range(count)]
 
-    def _reply(self, request: ChatRequest, completion: Any, max_tokens: int) -> ChatReply:
-        if not getattr(completion, "choices", None) or completion.choices[0].message is None:
-            raise EngineError(f"{self} answered without a message")
-        choice = completion.choices[0]
-        usage = completion.usage
-        prompt_tokens, completion_tokens = (usage.prompt_tokens, usage.completion_tokens) if usage else (0, 0)
+    async def _complete(self, fields: Mapping[str, Any], count: int, end: float | None) -> Answer:
+        answer = Answer([Choice() for _ in range(count)])
+        create = self._client.chat.completions.create
+        if self._dialect not in STREAMED:
+            return answer.fill(await create(**fields))
+        try:
+            async with asyncio.timeout_at(end):
+                stream = await create(stream=True, stream_options={"include_usage": True}, **fields)
+                async with stream:
+                    async for chunk in stream:
+                        answer.add(chunk)
+        except TimeoutError:
+            if not answer.begun:
+                raise
+            answer.late = True
+        return answer
+
+    def _reply(self, request: ChatRequest, answer: Answer, index: int, max_tokens: int) -> ChatReply:
+        choice, several = answer.choices[index], len(answer.choices) > 1
+        late = answer.late and not choice.finish
+        if not (choice.finish or late):
+            raise EngineError(f"{self} ended its reply in the middle")
+        told = 0 if several or late else answer.completion_tokens
+        completion_tokens = told or len(choice.ids)
+        prompt_tokens = answer.prompt_tokens or len(answer.prompt_ids)
+        if completion_tokens > max_tokens:
+            raise EngineError(
+                f"{self} wrote {completion_tokens} tokens where {max_tokens} were allowed: "
+                "max_tokens is not honoured"
+            )
         # vLLM says "tool_calls" of a call that the limit has cut, too.
-        cut = choice.finish_reason == "tool_calls" and completion_tokens >= max_tokens
-        finish: Literal["stop", "length"] = "length" if cut or choice.finish_reason == "length" else "stop"
-        prompt_ids = tuple((completion.model_extra or {}).get("prompt_token_ids") or ())
-        completion_ids = tuple((choice.model_extra or {}).get("token_ids") or ())
+        cut = choice.finish == "tool_calls" and completion_tokens >= max_tokens
+        finish: Literal["stop", "length"] = "length" if cut or choice.finish == "length" else "stop"
         theirs = wire.Said(
-            choice.message.content or "",
-            _text(choice.message, "reasoning_content") or _text(choice.message, "reasoning"),
-            tuple((call.function.name, call.function.arguments) for call in choice.message.tool_calls or ()),
+            choice.content,
+            choice.thinking,
+            tuple((name, arguments) for name, arguments in choice.calls.values()),
         )
         evidence: Evidence = {
             **self._sent(request),
             "engine": self._dialect,
-            "finish_reason": str(choice.finish_reason),
+            "finish_reason": "late" if late else choice.finish,
         }
-        if self._calls_by == "suite" and completion_ids:
-            sampled = completion_ids[:-1] if finish == "stop" else completion_ids
+        if several:
+            # The seeds of candidates follow the first one's.
+            evidence |= {"seed": request.sampling.seed + index, "sampled_at_once": len(answer.choices)}
+        if self._calls_by == "suite" and choice.ids:
+            sampled = choice.ids[:-1] if finish == "stop" and not late else choice.ids
             whole = wire.Said(self._decode(sampled))
             parsed = wire.read(whole, request.tools, thinking_open=request.sampling.think)
-            evidence["engine_reads_the_same"] = int(wire.read(theirs, request.tools).calls == parsed.calls)
+            if not late:
+                evidence["engine_reads_the_same"] = int(
+                    wire.read(theirs, request.tools).calls == parsed.calls
+                )
         else:
             inside = request.sampling.think and self._calls_by == "suite" and not theirs.thinking
             parsed = wire.read(theirs, request.tools, thinking_open=inside)
@@ -245,19 +290,22 @@ class OpenAIBackend:
                 f"{self} thinks though it was told not to, and has no switch: think off is not honoured"
             )
         evidence["calls_read_by"] = "engine" if theirs.calls and self._calls_by == "engine" else "suite"
+        truncated = self._tripwire.cut(request, prompt_tokens, evidence, answer.prompt_ids)
+        if truncated:
+            evidence["mend"] = self._widen()
         return ChatReply(
             parsed.content,
             thinking=parsed.thinking,
-            calls=parsed.calls,
-            malformed=parsed.malformed,
-            finish=finish,
-            truncated=self._tripwire.cut(request, prompt_tokens, evidence, prompt_ids),
+            calls=() if late else parsed.calls,
+            malformed="" if late else parsed.malformed,
+            finish="time" if late else finish,
+            truncated=truncated,
             prompt_tokens=prompt_tokens,
             completion_tokens=completion_tokens,
-            logprob=_logprob(choice),
+            logprob=choice.logprob,
             evidence=evidence,
-            prompt_ids=prompt_ids,
-            completion_ids=completion_ids,
+            prompt_ids=answer.prompt_ids,
+            completion_ids=tuple(choice.ids),
         )
 
     def _decode(self, ids: Sequence[int]) -> str:
@@ -292,15 +340,20 @@ class OpenAIBackend:
         evidence = {**self._sent(request), "engine": self._dialect, "error": text[:500]}
         own = self._reference
         if own is None or not own.window or self.model_window < own.window:
-            return ChatReply("", truncated=True, evidence=evidence)
+            return ChatReply("", truncated=True, evidence={**evidence, "mend": self._widen()})
         count = len(own.ids(request))
         room = own.window - count
         if room <= 0:
             return ChatReply("", finish="length", prompt_tokens=count, evidence=evidence)
         try:
-            return self._ask(request, min(room, request.sampling.max_tokens))
+            return self._ask(request, min(room, request.sampling.max_tokens))[0]
         except openai.OpenAIError as error:
             raise EngineError(self._explain(error)) from error
+
+    def _widen(self) -> str:
+        """What to do about a window that is too small, in one line."""
+        window = f"{self.model_window} tokens" if self.model_window else "a size that it does not tell"
+        return f"{self} has a window of {window}, and a prompt did not fit: {self.wider}"
 
     def _explain(self, error: Exception) -> str:
         """An error in one line: the model, the server, what to do."""
@@ -313,7 +366,9 @@ class OpenAIBackend:
                 return f"{self.server} {self.shown} has no model {self.name!r}, or is no /v1 address: {_message(error)}"
             case openai.APIStatusError():
                 return f"{self} answered {error.status_code}: {_message(error)}"
-            case openai.APIConnectionError() if not isinstance(error, openai.APITimeoutError):
+            case openai.APITimeoutError():
+                pass
+            case openai.APIConnectionError() | httpx.TransportError():
                 return f"{self.server} {self.shown} (for {self.name!r}) cannot be reached: {self.mend}"
         return f"{self}: {type(error).__name__}: {first_line(error)}"
 
@@ -328,17 +383,6 @@ def _message(error: openai.APIStatusError) -> str:
 def first_line(error: object) -> str:
     """What is said of an error, on one line of bounded length."""
     return " ".join(str(error).split())[:500]
-
-
-def _text(message: Any, key: str) -> str:
-    value = (message.model_extra or {}).get(key)
-    return value if isinstance(value, str) else ""
-
-
-def _logprob(choice: Any) -> float | None:
-    if choice.logprobs is None or not choice.logprobs.content:
-        return None
-    return float(sum(token.logprob for token in choice.logprobs.content))
 
 
 def parse_target(target: str) -> tuple[str, str | None]:

@@ -23,18 +23,31 @@ HOT = 2.0
 
 @dataclass(frozen=True)
 class Proof:
-    """What was shown.  Token counts are what each condition added to one prompt; ``think`` may be negative."""
+    """What was shown.  Token counts are what each condition added to one prompt; ``think`` may be negative.
+
+    ``greedy_repeats``: no seed changed a reply at temperature 0; ``greedy_holds``: at least two seeds gave the same.
+    """
 
     system: int
     tools: int
     think: int
     greedy_repeats: bool
+    greedy_holds: bool
     seed_repeats: bool
     temperature_varies: bool
 
     def evidence(self) -> dict[str, int]:
         """For each reply's record."""
         return {f"probe_{name}": int(value) for name, value in vars(self).items()}
+
+    def caveats(self, where: str) -> tuple[str, ...]:
+        """What a user must know of the numbers, though they are valid."""
+        said = []
+        if not self.greedy_repeats:
+            said.append(f"{where} gives other replies at temperature 0 from one time to the next")
+        if not self.seed_repeats:
+            said.append(f"{where} gives other replies for the same seed: its samples cannot be drawn again")
+        return tuple(said)
 
 
 def probe(chat: Callable[[ChatRequest], ChatReply], where: str) -> Proof:
@@ -58,11 +71,13 @@ def probe(chat: Callable[[ChatRequest], ChatReply], where: str) -> Proof:
     plain = count(QUESTION, tools=False)
     offered = count(QUESTION, tools=True)
     hot = [said(HOT, seed) for seed in (1, 1, 2, 3)]
+    greedy = {said(0.0, seed) for seed in (1, 2, 3)}
     found = Proof(
         system=count((*SYSTEM, *QUESTION), tools=False) - plain,
         tools=offered - plain,
         think=count(QUESTION, tools=True, think=True) - offered,
-        greedy_repeats=said(0.0, 1) == said(0.0, 2),
+        greedy_repeats=len(greedy) == 1,
+        greedy_holds=len(greedy) < 3,
         seed_repeats=hot[0] == hot[1],
         temperature_varies=len(set(hot[1:])) > 1,
     )

@@ -67,6 +67,16 @@ class Process:
         text = Path(self._log.name).read_text(errors="replace")
         return "\n".join(text.splitlines()[-LAST_LINES:])
 
+    def ended(self, seconds: float = 2.0) -> bool:
+        """Whether the server is gone, or goes within that time: it hangs up before it ends."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._keeper.wait(seconds)
+        return not self.running
+
+    def last(self) -> str:
+        """The last that it printed, on one line."""
+        return " | ".join(self.log().splitlines()[-3:])
+
     def cancel(self) -> None:
         """Stop waiting for the server, from any thread."""
         self._cancelled.set()

@@ -15,14 +15,16 @@ import shutil
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import httpx
+import openai
 
 from pytest_pocket.backends.openai import OpenAIBackend, first_line
 from pytest_pocket.backends.process import Process, free_port
+from pytest_pocket.chat import ChatReply, ChatRequest
 from pytest_pocket.registry import Model, ModelError
 
 RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
@@ -34,11 +36,28 @@ class VLLMBackend(OpenAIBackend):
     """A model of a vLLM server.  ``started`` is the server that the session started for it, where it did."""
 
     server = "vLLM"
+    wider = (
+        "start it with `vllm serve MODEL --max-model-len TOKENS`, or without: POCKET_VLLM_ARGS of the session"
+    )
     mend = "start it with `vllm serve MODEL --enable-auto-tool-choice --tool-call-parser NAME`, or unset VLLM_BASE_URL"
 
     def __init__(self, name: str, base_url: str, *, started: Started | None = None, **options: Any) -> None:
         self._started = started
         super().__init__(name, base_url, api_key=os.environ.get("VLLM_API_KEY"), **options)
+
+    def chats(self, request: ChatRequest, seeds: Sequence[int]) -> list[ChatReply]:
+        """So many replies to one request.  vLLM gives each the seed after the last one's: the first seed counts.
+
+        Raises as ``chat``.
+        """
+        first = replace(request, sampling=replace(request.sampling, seed=seeds[0]))
+        if len(seeds) == 1:
+            return [self.chat(first)]
+        try:
+            return self._ask(first, first.sampling.max_tokens, count=len(seeds))
+        except openai.APIStatusError:
+            # What is wrong with the prompt is wrong with each reply.
+            return [self.chat(first)] * len(seeds)
 
     def close(self) -> None:
         """Hang up, and end the server with its last model."""
@@ -49,9 +68,9 @@ class VLLMBackend(OpenAIBackend):
 
     def _explain(self, error: Exception) -> str:
         said = super()._explain(error)
-        if self._started and not self._started.process.running:
-            last = " | ".join(self._started.process.log().splitlines()[-3:])
-            return f"the vLLM server of {self.name!r} has died: {last}"
+        lost = isinstance(error, openai.APIConnectionError | httpx.TransportError)
+        if self._started and lost and self._started.process.ended():
+            return f"the vLLM server of {self.name!r} has died: {self._started.process.last()}"
         return said
 
 
@@ -155,26 +174,33 @@ def _parsers(target: str) -> list[str]:
             f"the chat template of {target} spells tool calls in an unknown way: start vLLM yourself with the right "
             "--tool-call-parser, and set VLLM_BASE_URL"
         )
-    return ["--tool-call-parser", tools]
+    reasoning = ["--reasoning-parser", "qwen3"] if "</think>" in template else []
+    return ["--tool-call-parser", tools, *reasoning]
 
 
 def _template(target: str) -> str:
-    """The chat template of a folder, or of a hub name that is in the cache; empty where it is not known."""
-    if Path(target).is_dir():
-        folder = Path(target)
-    else:
-        from huggingface_hub import try_to_load_from_cache
+    """The chat template of a folder or of a hub name; empty where it is not known."""
+    for file in ("chat_template.jinja", "tokenizer_config.json"):
+        try:
+            path = Path(target) / file if Path(target).is_dir() else Path(_fetched(target, file))
+            text = path.read_text()
+            found = text if file.endswith(".jinja") else json.loads(text).get("chat_template", "")
+        except (OSError, ValueError):
+            continue
+        if found:
+            return str(found)
+    return ""
 
-        found = try_to_load_from_cache(target, "tokenizer_config.json")
-        if not isinstance(found, str):
-            return ""
-        folder = Path(found).parent
+
+def _fetched(name: str, file: str) -> str:
+    """A file of the hub, from its cache where it is there.  Raises OSError, ValueError."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError
+
     try:
-        if (folder / "chat_template.jinja").is_file():
-            return (folder / "chat_template.jinja").read_text()
-        return str(json.loads((folder / "tokenizer_config.json").read_text()).get("chat_template", ""))
-    except (OSError, ValueError):
-        return ""
+        return str(hf_hub_download(name, file))
+    except HfHubHTTPError as error:
+        raise OSError(first_line(error)) from None
 
 
 def _rank(adapters: Sequence[str]) -> int:

@@ -17,7 +17,8 @@ from pytest_pocket import task_list
 from pytest_pocket.answers import normal
 from pytest_pocket.chat import Backend, Cancelled
 from pytest_pocket.conditions import Condition
-from pytest_pocket.episode import Budget, Episode, Workshop, play
+from pytest_pocket.episode import Budget, Episode, Workshop, play, reply_seed
+from pytest_pocket.openings import Openings
 from pytest_pocket.options import MAX_RUNS
 from pytest_pocket.records import CellKey, RecordsError, restore
 from pytest_pocket.task import SUITE_VERSION, Instance, Split, instance_seed
@@ -107,9 +108,11 @@ def attempt(
     task = task_list.find(cell.task)
     instance = cell.instance(split, seed)
     best_of = cell.condition.best_of
+    samples = [cell.sample * best_of + candidate for candidate in range(best_of)]
+    if best_of > 1 and hasattr(backend, "chats"):
+        backend = Openings(backend, [reply_seed(seed, instance, sample, 0) for sample in samples])
     episodes = []
-    for candidate in range(best_of):
-        sample = cell.sample * best_of + candidate
+    for sample in samples:
         episode = play(
             task, instance, backend, workshop, cell.condition, budget=budget, seed=seed, sample=sample
         )

@@ -37,6 +37,25 @@ NESTED = {
     "content": '{"a": [1, {"b": "ü \\" \\n"}], "c": null}\n\n  <x> & "y"\n',
 }
 NESTED_VALUES = {"pattern": "*", "path": {"deep": [1, 2.5, True, None, {"ключ": "значение"}]}}
+TREE: dict[str, Any] = {
+    "type": "function",
+    "function": {
+        "name": "Tree",
+        "description": "Write a tree.",
+        "parameters": {
+            "type": "object",
+            "properties": {"tree": {"type": "object", "description": "The tree."}},
+            "required": ["tree"],
+        },
+    },
+}
+"""A tool whose argument is nested: the suite's own take texts, numbers and truth values."""
+PLAIN_TASKS = (
+    "Read the file notes.txt and reply with its first line.",
+    "What does `ls` print? Run it.",
+    "Write hello into the file greeting.txt.",
+)
+"""What a model that calls tools at all would call one for."""
 CONVERSATIONS: dict[str, tuple[Message, ...]] = {
     "question": GREETING,
     "system prompt": (Message("system", SYSTEM_PROMPTS["verbose"]), *GREETING),
@@ -90,12 +109,12 @@ class Subject:
         assert not reply.truncated, f"the engine says that it cut the prompt: {dict(reply.evidence)}"
         return reply
 
-    def forced(self, text: str) -> ChatReply:
+    def forced(self, text: str, tools: tuple[Mapping[str, Any], ...] = SCHEMAS) -> ChatReply:
         """What the engine makes of a reply with that text.  Raises NotShown where it cannot be made to write it."""
         forced: Callable[[ChatRequest, str], ChatReply] | None = getattr(self.backend, "forced", None)
         if forced is None:
             raise NotShown("the engine cannot be made to write a given text")
-        return forced(ChatRequest(GREETING, SCHEMAS, Sampling(max_tokens=FORCED_TOKENS)), text)
+        return forced(ChatRequest(GREETING, tools, Sampling(max_tokens=FORCED_TOKENS)), text)
 
     def call_text(self, *calls: ToolCall) -> str:
         """Calls as the checkpoint's own template spells them."""
@@ -162,10 +181,21 @@ def plain_answer(subject: Subject) -> None:
 
 
 def one_call(subject: Subject) -> None:
-    """A call comes back as that call, with nothing left of its text."""
+    """A call comes back as that call, with nothing left of its text.
+
+    Where an engine cannot be made to write one, one that the model writes by itself shows the same.
+    """
     call = ToolCall("Read", {"file_path": "notes.txt"})
-    reply = subject.forced(subject.call_text(call))
-    assert (reply.calls, reply.malformed) == ((call,), "")
+    try:
+        reply = subject.forced(subject.call_text(call))
+    except NotShown:
+        replies = [subject.ask((Message("user", task),), max_tokens=128) for task in PLAIN_TASKS]
+        if not any(reply.calls for reply in replies):
+            raise
+        reply = next(reply for reply in replies if reply.calls)
+        assert all(call.name and call.arguments for call in reply.calls)
+    else:
+        assert (reply.calls, reply.malformed) == ((call,), "")
     assert "<" not in reply.content
 
 
@@ -187,6 +217,13 @@ def typed_arguments(subject: Subject) -> None:
     """A number stays a number, a truth value a truth value."""
     call = ToolCall("Edit", {"file_path": "a", "old_string": "1", "new_string": "2", "replace_all": True})
     reply = subject.forced(subject.call_text(call))
+    assert (reply.calls, reply.malformed) == ((call,), "")
+
+
+def nested_arguments(subject: Subject) -> None:
+    """An argument that is an object comes back as that object, to its depths."""
+    call = ToolCall("Tree", {"tree": NESTED_VALUES})
+    reply = subject.forced(subject.call_text(call), (*SCHEMAS, TREE))
     assert (reply.calls, reply.malformed) == ((call,), "")
 
 
@@ -317,6 +354,7 @@ PROPERTIES: Mapping[str, Callable[[Subject], None]] = {
         several_calls,
         unicode_arguments,
         typed_arguments,
+        nested_arguments,
         malformed_call,
         unknown_tool,
         long_tool_result,

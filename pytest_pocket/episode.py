@@ -222,7 +222,10 @@ def play(
                 return end(
                     "truncated",
                     "truncated",
-                    detail="the engine cut the prompt: give it a larger context window",
+                    detail=str(
+                        reply.evidence.get("mend")
+                        or "the engine cut the prompt: give it a larger context window"
+                    ),
                 )
             if reply.finish != "stop":
                 stop = "seconds" if reply.finish == "time" else "tokens"

@@ -362,9 +362,15 @@ class Conforming:
         from pytest_pocket import conformance
 
         if self.results:
+            lines = list(conformance.table(self.results))
             terminalreporter.write_line("")
-            for line in conformance.table(self.results):
+            for line in lines:
                 terminalreporter.write_line(line)
+            if summary := self.config.stash[SESSION].options.summary:
+                try:
+                    summary.write_text("\n".join(lines) + "\n")
+                except OSError as error:
+                    terminalreporter.write_line(f"pocket: --pocket-summary {summary}: {error.strerror}")
 
 
 def _subject_of(item: pytest.Item) -> str:
@@ -500,6 +506,8 @@ class Playing:
             self._judge(session, self.gates)
         if self.session.records_directory:
             self.verdict += map(str, self.session.failures.values())
+            for caveats in self.session.caveats.values():
+                self.verdict += caveats
         if self.controller and self.session.hopeless:
             session.exitstatus = pytest.ExitCode.USAGE_ERROR
             self.session.discard_empty_records()

@@ -17,6 +17,7 @@ from pytest_pocket import records, sandbox, task_list
 from pytest_pocket.attempt import Attempt, Cell, attempt, kept
 from pytest_pocket.chat import Backend, Cancelled, ChatReply, ChatRequest
 from pytest_pocket.episode import Workshop
+from pytest_pocket.openings import several
 from pytest_pocket.options import Options
 from pytest_pocket.pool import Pool
 from pytest_pocket.registry import Model, ModelError, Registry
@@ -42,6 +43,8 @@ class Session:
         self._engines: dict[str, Backend] = {}
         self.failures: dict[str, ModelError] = {}
         """Why models have no engine, by their names."""
+        self.caveats: dict[str, tuple[str, ...]] = {}
+        """What must be known of the engines' numbers, by the models' names."""
         self._loading = threading.Lock()
         self._remote: tuple[str, bytes] | None = None
         self._run: records.Run | None = None
@@ -117,6 +120,7 @@ class Session:
                 except ModelError as error:
                     self.failures[name] = error
                     raise
+                self.caveats[name] = getattr(self._engines[name], "caveats", ())
             return self._engines[name]
 
     def release(self, name: str) -> None:
@@ -161,7 +165,7 @@ class Session:
     def serve(self) -> dict[str, str | bytes]:
         """Become the controller of xdist workers: what each must be told, made of plain values."""
         workshop, run = self._opened()
-        self._server = self._server or Server(self._chat)
+        self._server = self._server or Server(self._chats)
         return {
             "address": self._server.address,
             "authkey": self._server.authkey,
@@ -222,26 +226,29 @@ class Session:
     def _prepare(self, cells: Iterable[Cell]) -> None:
         wanted: dict[str, bool] = {}
         hot: dict[str, bool] = {}
+        cold: dict[str, bool] = {}
         for cell in cells:
             wanted[cell.model] = wanted.get(cell.model, False) or cell.condition.think
             hot[cell.model] = hot.get(cell.model, False) or cell.condition.temperature > 0
+            cold[cell.model] = cold.get(cell.model, False) or cell.condition.temperature == 0
         for name, think in wanted.items():
             with contextlib.suppress(ModelError):
                 self.engine(name)
             if name in self._engines:
-                check_conditions(name, self._engines[name], think, hot[name])
+                check_conditions(name, self._engines[name], think, hot[name], cold[name])
         if wanted and not wanted.keys() - self.failures.keys():
             raise next(iter(self.failures.values()))
 
-    def _chat(self, name: str, request: ChatRequest) -> ChatReply:
+    def _chats(self, name: str, request: ChatRequest, seeds: Sequence[int]) -> list[ChatReply]:
         """Answer a worker.  Raises ModelError."""
         engine = self.engine(name)
         try:
-            check_conditions(name, engine, request.sampling.think, request.sampling.temperature > 0)
+            hot = request.sampling.temperature > 0
+            check_conditions(name, engine, request.sampling.think, hot, not hot)
         except ModelError as error:
             self.failures[name] = error
             raise
-        return engine.chat(request)
+        return several(engine, request, seeds)
 
     def _build(self, model: Model) -> Backend:
         if self._remote and model.backend not in LOCAL:
@@ -259,7 +266,7 @@ class Session:
             ) from error
 
 
-def check_conditions(name: str, engine: Backend, think: bool, hot: bool) -> None:
+def check_conditions(name: str, engine: Backend, think: bool, hot: bool, cold: bool = False) -> None:
     """Raise ModelError when a model is asked for what its engine is known not to do."""
     if think and getattr(engine, "supports_think", None) is False:
         raise ModelError(
@@ -267,6 +274,10 @@ def check_conditions(name: str, engine: Backend, think: bool, hot: bool) -> None
         )
     if hot and getattr(engine, "supports_temperature", None) is False:
         raise ModelError(f"--pocket-temperature above 0 changes nothing for model {name!r}; use 0")
+    if cold and getattr(engine, "supports_greedy", None) is False:
+        raise ModelError(
+            f"--pocket-temperature 0: model {name!r} draws another reply for each seed; use a temperature above 0"
+        )
 
 
 def _labels(models: Iterable[Model]) -> dict[str, str]:

@@ -15,7 +15,7 @@ import shutil
 import socket
 import tempfile
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from multiprocessing import AuthenticationError
 from multiprocessing.connection import Client, Connection, Listener
 from typing import Any
@@ -30,10 +30,10 @@ LONGEST_PATH = 90
 
 
 class Server:
-    """Answers workers until ``close``, by ``chat(model's name, request)``, from a thread for each connection."""
+    """Answers workers until ``close``, by ``chats(model, request, seeds)``, from a thread for each connection."""
 
-    def __init__(self, chat: Callable[[str, ChatRequest], ChatReply]) -> None:
-        self._chat = chat
+    def __init__(self, chats: Callable[[str, ChatRequest, Sequence[int]], list[ChatReply]]) -> None:
+        self._chats = chats
         self._folder = _private_folder()
         self.authkey = secrets.token_bytes(32)
         self._listener = Listener(
@@ -79,18 +79,18 @@ class Server:
         try:
             with connection:
                 while True:
-                    model, request = connection.recv()
-                    _send(connection, self._answer(model, request))
+                    model, request, seeds = connection.recv()
+                    _send(connection, self._answer(model, request, seeds))
         except (OSError, EOFError):
             pass  # the worker has gone, or the session ends
         finally:
             with self._lock:
                 self._connections.discard(connection)
 
-    def _answer(self, model: str, request: ChatRequest) -> ChatReply | Exception:
-        """A reply, or the exception to raise in the worker."""
+    def _answer(self, model: str, request: ChatRequest, seeds: Sequence[int]) -> list[ChatReply] | Exception:
+        """Replies for the seeds, or the exception to raise in the worker."""
         try:
-            return self._chat(model, request)
+            return self._chats(model, request, seeds)
         except PASSED_ON as error:
             return error
         except Exception as error:
@@ -111,10 +111,14 @@ class RemoteBackend:
 
     def chat(self, request: ChatRequest) -> ChatReply:
         """Answer one request.  Raises ModelError when the engine cannot load, Cancelled when its owner ends."""
+        return self.chats(request, (request.sampling.seed,))[0]
+
+    def chats(self, request: ChatRequest, seeds: Sequence[int]) -> list[ChatReply]:
+        """Replies for the seeds, as :func:`pytest_pocket.openings.several`.  Raises as ``chat``."""
         try:
             connection = self._connection()
-            connection.send((self._model, request))
-            answer: ChatReply | Exception = connection.recv()
+            connection.send((self._model, request, tuple(seeds)))
+            answer: list[ChatReply] | Exception = connection.recv()
         except (OSError, EOFError, AuthenticationError):
             # Not an engine's fault: the controller has closed, or this session is cancelled.
             raise Cancelled from None

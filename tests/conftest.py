@@ -28,6 +28,12 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line(
+        "markers", "real_ollama: needs a real Ollama at OLLAMA_HOST; see test_real_ollama.py"
+    )
+
+
 @pytest.fixture
 def project(pytester: pytest.Pytester) -> Project:
     """A user's project, with a task, models and backends of its own."""

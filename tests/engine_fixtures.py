@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 
@@ -24,11 +26,38 @@ def find(name: str, script: str) -> Path:
     folder = ROOT / os.environ.get("ENGINES_DIR", ".engines")
     program = folder / name
     if not program.is_file():
-        message = f"no {program}: make it with `sh tests/engines/{script}`"
-        if os.environ.get("POCKET_ENGINES") == "required":
-            pytest.fail(message, pytrace=False)
-        pytest.skip(message)
+        missing(f"no {program}: make it with `sh tests/engines/{script}`")
     return program
+
+
+def start(folder: Path, *options: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """A session in a folder of its own."""
+    return subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:randomly", "-p", "no:cacheprovider", *options],
+        cwd=folder,
+        env={**os.environ, "COLUMNS": "200", **environment},
+        capture_output=True,
+        text=True,
+    )
+
+
+def shown(done: subprocess.CompletedProcess[str]) -> dict[str, str]:
+    """The last column of the table of properties."""
+    lines = [line.strip("| ").split(" | ") for line in done.stdout.splitlines() if line.startswith("| ")]
+    assert lines, done.stdout[-3000:] + done.stderr[-3000:]
+    return {line[0]: line[-1] for line in lines if line[0] not in ("property", "---")}
+
+
+def missing(what: str) -> NoReturn:
+    """Skip the test, or fail it where the engines are required."""
+    if os.environ.get("POCKET_ENGINES") == "required":
+        pytest.fail(what, pytrace=False)
+    pytest.skip(what)
+
+
+def go() -> str:
+    """The path of ``go``, which renders Ollama's templates.  Skips or fails the test where there is none."""
+    return shutil.which("go") or missing("no go: sudo apt install golang-go")
 
 
 @pytest.fixture(scope="session")

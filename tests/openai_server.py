@@ -24,6 +24,7 @@ def count(body: Said) -> int:
 def reply(body: Said, **message: Any) -> Said:
     """An honest completion: temperature and seed show in it."""
     said = f"hello {body['seed'] if body['temperature'] else ''}"
+    tokens = min(2, body["max_tokens"])
     return {
         "id": "1",
         "object": "chat.completion",
@@ -36,7 +37,11 @@ def reply(body: Said, **message: Any) -> Said:
                 "message": {"role": "assistant", "content": said, **message},
             }
         ],
-        "usage": {"prompt_tokens": count(body), "completion_tokens": 2, "total_tokens": count(body) + 2},
+        "usage": {
+            "prompt_tokens": count(body),
+            "completion_tokens": tokens,
+            "total_tokens": count(body) + tokens,
+        },
     }
 
 

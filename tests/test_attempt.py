@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import pytest
@@ -106,6 +106,25 @@ def test_candidates_and_samples_draw_with_seeds_of_their_own(workshop: Workshop)
     properties = done[0].properties("toy")
     assert (properties["prompt_tokens"], properties["completion_tokens"], properties["turns"]) == (9, 6, 1)
     assert all(type(value) in (str, int, float) for value in properties.values())
+
+
+class _AtOnce(_Numbers):
+    """Samples all candidates' first replies in one request."""
+
+    def chats(self, request: ChatRequest, seeds: Sequence[int]) -> list[ChatReply]:
+        self.seeds.append(len(seeds))
+        return [replace(self.chat(request), content=str(seed)) for seed in seeds]
+
+
+def test_candidates_open_with_one_request_where_the_engine_samples_several(workshop: Workshop) -> None:
+    one_by_one, at_once = _Numbers(), _AtOnce()
+    cell = Cell("read_value", "m", Condition(temperature=1.0, best_of=3), 1)
+    answers = [
+        [episode.answer for episode in attempt(cell, backend, workshop, Budget(), 0, "eval").episodes]
+        for backend in (one_by_one, at_once)
+    ]
+    assert answers[0] == answers[1]
+    assert len(set(answers[0])) == at_once.seeds[0] == 3
 
 
 def test_an_attempt_that_is_cancelled_says_nothing(workshop: Workshop) -> None:

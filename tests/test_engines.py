@@ -7,13 +7,17 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from engine_fixtures import shown, start
+from toy_project import wait_for
 
 pytest.importorskip("openai")
 pytest.importorskip("gguf")
@@ -21,7 +25,10 @@ pytest.importorskip("gguf")
 from pytest_pocket import conformance, records
 from pytest_pocket.backends import gguf_file
 from pytest_pocket.backends.process import Process, free_port
-from pytest_pocket.registry import shipped
+from pytest_pocket.backends.vllm import VLLMBackend
+from pytest_pocket.chat import ChatRequest, EngineError, Sampling
+from pytest_pocket.registry import Registry, shipped
+from pytest_pocket.tools import SCHEMAS
 
 MODEL = "rlvr-v1"
 VLLM = {
@@ -33,33 +40,15 @@ VLLM = {
 NO_LONGER_TEXT = {"control tokens are text": "NO"}
 """What no server does: it would have to tell the suite's text from the template's."""
 FORCED = (
-    "one call",
     "several calls",
     "unicode arguments",
     "typed arguments",
+    "nested arguments",
     "malformed call",
     "unknown tool",
 )
 
 pytestmark = [pytest.mark.timeout(900), pytest.mark.xdist_group("engines")]
-
-
-def start(folder: Path, *options: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """A session in a folder of its own."""
-    return subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:randomly", "-p", "no:cacheprovider", *options],
-        cwd=folder,
-        env={**os.environ, "COLUMNS": "200", **environment},
-        capture_output=True,
-        text=True,
-    )
-
-
-def shown(done: subprocess.CompletedProcess[str]) -> dict[str, str]:
-    """The last column of the table of properties."""
-    lines = [line.strip("| ").split(" | ") for line in done.stdout.splitlines() if line.startswith("| ")]
-    assert lines, done.stdout[-3000:] + done.stderr[-3000:]
-    return {line[0]: line[-1] for line in lines if line[0] not in ("property", "---")}
 
 
 def expected(**different: str) -> dict[str, str]:
@@ -125,6 +114,44 @@ def test_vllm_does_what_is_asked_of_it(tmp_path: Path, vllm: dict[str, str]) -> 
     assert adapted["reference prompt"] == "yes"
 
 
+def test_vllm_samples_candidates_at_once_ends_in_time_and_is_said_when_it_dies(
+    vllm: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One server for all of it: it takes a minute to start."""
+    for name, value in {**vllm, "VLLM_BASE_URL": ""}.items():
+        monkeypatch.setenv(name, value)
+    registry = Registry()
+    backend = registry.build(registry.resolve(f"vllm:{MODEL}"))
+    assert isinstance(backend, VLLMBackend)
+    try:
+        seeds = (5, 6, 7)
+        request = ChatRequest(conformance.GREETING, SCHEMAS, Sampling(1.5, seeds[0], max_tokens=24))
+        together = backend.chats(request, seeds)
+        alone = [
+            backend.chat(replace(request, sampling=Sampling(1.5, seed, max_tokens=24))) for seed in seeds
+        ]
+        assert [reply.completion_ids for reply in together] == [reply.completion_ids for reply in alone]
+        assert [reply.evidence["seed"] for reply in together] == list(seeds)
+        assert {reply.evidence["sampled_at_once"] for reply in together} == {3}
+        assert all(reply.logprob is not None and reply.logprob < 0 for reply in together)
+
+        assert backend._started
+        endless = VLLMBackend(MODEL, backend._started.base_url, extra={"ignore_eos": True})
+        late = endless.chat(ChatRequest(conformance.GREETING, (), Sampling(max_tokens=1900), seconds=3))
+        endless.close()
+        assert (late.finish, late.calls, late.evidence["finish_reason"]) == ("time", (), "late")
+        assert 0 < late.completion_tokens < 1900
+
+        process = backend._started.process
+        found = subprocess.run(["pgrep", "-P", str(process._keeper.pid)], capture_output=True, text=True)
+        os.kill(int(found.stdout.split()[0]), signal.SIGKILL)
+        wait_for(lambda: not process.running)
+        with pytest.raises(EngineError, match=f"the vLLM server of '{MODEL}' has died: "):
+            backend.chat(request)
+    finally:
+        backend.close()
+
+
 def test_llama_cpp_does_what_is_asked_of_it(tmp_path: Path, llama: str) -> None:
     done = start(tmp_path, "--pocket-conformance", f"--pocket-model={llama}")
     # It answers to any model's name; the suite looks at its list of models before a run.
@@ -133,9 +160,11 @@ def test_llama_cpp_does_what_is_asked_of_it(tmp_path: Path, llama: str) -> None:
 
 def test_ollama_does_what_is_asked_of_it(tmp_path: Path, ollama: str) -> None:
     done = start(tmp_path, "--pocket-conformance", f"--pocket-model=ollama:{MODEL}", OLLAMA_HOST=ollama)
-    unforced = dict.fromkeys(FORCED, "not shown")
+    found, unforced = shown(done), dict.fromkeys(FORCED, "not shown")
+    # One call is shown where the model writes one by itself.
+    assert found["one call"] != "NO"
     # Its templates write nested arguments, which no tool of the suite has, without spaces.
-    assert shown(done) == expected(**unforced, reference_prompt="NO")
+    assert found == expected(**unforced, reference_prompt="NO", one_call=found["one call"])
     assert "nested arguments: 213 tokens, not 219" in done.stdout
 
 
@@ -147,7 +176,13 @@ def test_all_engines_play_the_same_episodes(
     done = start(
         tmp_path,
         *("--pyargs", "pytest_pocket.tasks", f"--pocket-model={','.join(models)}", "--runs=1"),
-        *("--pocket-fail-under=0", "--pocket-records=run", "-k", "read or stop or exit_status"),
+        *(
+            "--pocket-fail-under=0",
+            "--pocket-records=run",
+            "--pocket-timeout=600",
+            "-k",
+            "read or stop or exit_status",
+        ),
         OLLAMA_HOST=ollama,
         **vllm,
     )
@@ -162,6 +197,14 @@ def test_all_engines_play_the_same_episodes(
         trajectories = {model: json.dumps(record["messages"]) for model, record in of_models.items()}
         assert set(trajectories.values()) == {trajectories[MODEL]}
         assert len({record["reward"] for record in of_models.values()}) == 1
+
+
+def test_the_opt_in_suite_against_a_real_ollama_runs(tmp_path: Path, ollama_double: str) -> None:
+    """Against the double: it shows that the suite runs, and nothing of Ollama."""
+    suite = Path(__file__).with_name("test_real_ollama.py")
+    done = start(tmp_path, str(suite), "-m", "real_ollama", "-rs", OLLAMA_HOST=ollama_double)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+    assert " passed" in done.stdout
 
 
 def random_adapter(folder: Path) -> Path:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-import os
-import shutil
 import socket
 import subprocess
 import threading
@@ -17,7 +15,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import engine_fixtures
 import pytest
+from engine_fixtures import find
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_models import TEMPLATE, byte_tokenizer, make_qwen3, make_qwen3_5, qwen3_5_template
@@ -39,7 +39,6 @@ from pytest_pocket.backends.hf import HFBackend, load_tokenizer  # noqa: E402
 
 CHECKPOINT = shipped() / "rlvr-v1"
 RENDER = Path(__file__).parent / "engines" / "render.go"
-SERVER = Path(os.environ.get("ENGINES_DIR", Path(__file__).parents[1] / ".engines")) / "llama-server"
 SCHEMAS = {schema["function"]["name"]: schema["function"]["parameters"] for schema in tools.SCHEMAS}
 
 
@@ -292,12 +291,11 @@ def test_the_template_in_the_file_has_no_tag_of_training_s_and_the_mark_of_our_s
 @contextmanager
 def serving(weights: Path) -> Iterator[Any]:
     """A client of a real ``llama-server`` that runs this file."""
-    if not SERVER.is_file():
-        pytest.skip("no llama-server: sh tests/engines/llama.sh")
+    program = find("llama-server", "llama.sh")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [SERVER, "-m", weights, "--port", str(port), "--jinja", "-c", "2048", "-np", "1", "-t", "1"]
+    command = [program, "-m", weights, "--port", str(port), "--jinja", "-c", "2048", "-np", "1", "-t", "1"]
     log = weights.with_suffix(".log")
     with log.open("w") as file:
         process = subprocess.Popen(command, stdout=file, stderr=file)
@@ -443,10 +441,8 @@ def test_llama_cpp_hands_out_calls_and_thinking_exactly(llama: Any) -> None:
 @pytest.fixture(scope="module")
 def go(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """Renders chats with a template in Go; the answer of tests/engines/render.go."""
-    if not shutil.which("go"):
-        pytest.skip("no go: sudo apt install golang-go")
     program = tmp_path_factory.mktemp("go") / "render"
-    subprocess.run(["go", "build", "-o", program, RENDER], check=True)
+    subprocess.run([engine_fixtures.go(), "build", "-o", program, RENDER], check=True)
 
     def run(template: str, *chats: dict[str, Any]) -> Any:
         asked = json.dumps({"template": template, "chats": chats})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -156,6 +157,32 @@ def test_a_condition_that_changes_nothing_is_refused_before_the_run(
     backend.close()
 
 
+def test_a_server_that_always_draws_is_refused_at_temperature_0(server: Server) -> None:
+    server.answer = altered(lambda body: body.__setitem__("temperature", 1))
+    backend = OpenAIBackend("tiny", server.url)
+    check_conditions("tiny", backend, think=False, hot=True)
+    with pytest.raises(ModelError, match=r"--pocket-temperature 0: .* another reply for each seed"):
+        check_conditions("tiny", backend, think=False, hot=False, cold=True)
+    backend.close()
+
+
+def test_seeds_that_do_not_repeat_are_told(server: Server, backend: OpenAIBackend) -> None:
+    assert backend.caveats == ()
+    numbers = itertools.count()
+    server.answer = altered(lambda body: body.__setitem__("seed", next(numbers)))
+    other = OpenAIBackend("tiny", server.url)
+    (caveat,) = other.caveats
+    assert "'tiny'" in caveat
+    assert "other replies for the same seed" in caveat
+    other.close()
+
+
+def test_a_limit_that_is_not_honoured_is_an_engines_error(server: Server, backend: OpenAIBackend) -> None:
+    server.answer = lambda body: honest({**body, "max_tokens": 99})
+    with pytest.raises(EngineError, match="wrote 2 tokens where 1 were allowed"):
+        backend.chat(ChatRequest(QUESTION, (), Sampling(max_tokens=1)))
+
+
 def test_thinking_that_cannot_be_switched_off_is_invalid_not_scored(server: Server) -> None:
     server.answer = altered(drop_think)
     backend = OpenAIBackend("tiny", server.url)
@@ -288,7 +315,7 @@ def test_cancel_ends_a_request_at_once(server: Server, backend: OpenAIBackend) -
 
 
 def test_many_requests_at_once(server: Server, backend: OpenAIBackend) -> None:
-    gate = threading.Barrier(32, timeout=30)
+    gate = threading.Barrier(32, timeout=120)
     server.answer = lambda body: (gate.wait(), honest(body))[1]
     replies: list[ChatReply] = []
     threads = [threading.Thread(target=lambda: replies.append(backend.chat(REQUEST))) for _ in range(32)]

@@ -20,7 +20,7 @@ REQUEST = ChatRequest((Message("user", "hi"),), (), Sampling(), "greet:1")
 
 @contextmanager
 def _serving(chat: Callable[[str, ChatRequest], ChatReply]) -> Iterator[Server]:
-    server = Server(chat)
+    server = Server(lambda model, request, seeds: [chat(model, request)])
     try:
         yield server
     finally:
@@ -44,6 +44,13 @@ def test_requests_and_replies_cross_whole() -> None:
     with _serving(chat) as server:
         assert _remote(server, "name").chat(REQUEST) == reply
     assert seen == [("name", REQUEST)]
+
+
+def test_several_replies_to_one_request_cross_at_once() -> None:
+    server = Server(lambda model, request, seeds: [ChatReply(str(seed)) for seed in seeds])
+    replies = _remote(server).chats(REQUEST, (7, 8, 9))
+    server.close()
+    assert [reply.content for reply in replies] == ["7", "8", "9"]
 
 
 @pytest.mark.parametrize("error", [EngineError("fire"), Cancelled(), ModelError("no weights")], ids=repr)
@@ -151,7 +158,7 @@ def test_a_peer_without_the_key_is_refused_and_others_are_served() -> None:
 
 def test_a_watcher_learns_that_the_controller_has_closed_and_no_file_remains() -> None:
     ended = threading.Event()
-    server = Server(lambda model, request: ChatReply(""))
+    server = Server(lambda model, request, seeds: [ChatReply("")])
     watch(server.address, server.authkey, ended.set)
     time.sleep(0.1)
     assert not ended.is_set()

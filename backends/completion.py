@@ -1,0 +1,79 @@
+"""Completions: what an OpenAI-compatible server says, whole or in a stream, in one shape."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass
+class Choice:
+    """One of the replies that were asked for: all of it, or what a stream has brought so far.
+
+    ``calls`` are names and arguments by position; ``logprob`` is the sum over the tokens, in nats.
+    """
+
+    content: str = ""
+    thinking: str = ""
+    calls: dict[int, list[str]] = field(default_factory=dict)
+    finish: str = ""
+    ids: list[int] = field(default_factory=list)
+    logprob: float | None = None
+
+    def add(self, choice: Any, said: Any) -> None:
+        """Take in a message, or a part of one.  ``choice`` is what holds it."""
+        self.content += said.content or ""
+        self.thinking += _text(said, "reasoning_content") or _text(said, "reasoning")
+        for position, call in enumerate(said.tool_calls or ()):
+            place = getattr(call, "index", None)
+            known = self.calls.setdefault(position if place is None else place, ["", ""])
+            if call.function:
+                known[0] += call.function.name or ""
+                known[1] += call.function.arguments or ""
+        self.finish = choice.finish_reason or self.finish
+        self.ids += (choice.model_extra or {}).get("token_ids") or ()
+        if choice.logprobs and choice.logprobs.content:
+            self.logprob = (self.logprob or 0.0) + sum(token.logprob for token in choice.logprobs.content)
+
+
+@dataclass
+class Answer:
+    """What has come of a request.  ``late`` says that time ended it while it was being written."""
+
+    choices: list[Choice]
+    prompt_ids: tuple[int, ...] = ()
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    late: bool = False
+
+    @property
+    def begun(self) -> bool:
+        """Whether every choice has something."""
+        return all(choice.content or choice.thinking or choice.calls or choice.ids for choice in self.choices)
+
+    def add(self, chunk: Any) -> None:
+        """Take in a part of a stream."""
+        self._note(chunk)
+        for part in chunk.choices:
+            if part.delta is not None and part.index < len(self.choices):
+                self.choices[part.index].add(part, part.delta)
+
+    def fill(self, completion: Any) -> Answer:
+        """Take in a whole completion."""
+        self._note(completion)
+        found = [each for each in completion.choices or () if each.message is not None]
+        self.choices = [Choice() for _ in found]
+        for choice, each in zip(self.choices, found, strict=True):
+            choice.add(each, each.message)
+        return self
+
+    def _note(self, told: Any) -> None:
+        self.prompt_ids = self.prompt_ids or tuple((told.model_extra or {}).get("prompt_token_ids") or ())
+        if told.usage:
+            self.prompt_tokens = told.usage.prompt_tokens
+            self.completion_tokens = told.usage.completion_tokens
+
+
+def _text(said: Any, key: str) -> str:
+    value = (said.model_extra or {}).get(key)
+    return value if isinstance(value, str) else ""
