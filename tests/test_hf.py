@@ -114,8 +114,8 @@ def test_openings_that_prompts_share_are_read_once_and_change_nothing(backend: H
 
 def test_a_prompt_that_is_no_longer_than_a_known_opening_is_read_all_the_same(backend: HFBackend) -> None:
     words = "one two three four five six seven eight nine ten " * 8
-    together(backend, [ask(words)] * 2)
-    first, *others = together(backend, [ask(words)] * 4)
+    together(backend, [ask(words), ask(words + "more")])  # equal prompts are read once, and open nothing
+    first, *others = together(backend, [ask(words), ask(words + "more"), ask(words)])[::2]
     assert backend._engine._batch._openings
     assert {reply.completion_ids for reply in others} == {first.completion_ids}
 
@@ -440,7 +440,7 @@ def test_missing_weights_are_not_made_up(model: Path, tmp_path: Path) -> None:
 
 def test_damaged_weights_are_one_clear_line(model: Path, tmp_path: Path) -> None:
     path = broken(model, tmp_path / "m", model__safetensors="not weights")
-    assert "cannot load model" in refusal(path)
+    assert "it is cut, or no safetensors file" in refusal(path)
 
 
 def test_an_adapter_must_exist_and_fit(model: Path, tmp_path: Path) -> None:
