@@ -32,6 +32,10 @@ GOOD, BAD = Rendered([5, 6, 7, 8], [0, 0, 1, 1], "raw"), Rendered([5, 6, 9, 4, 3
 PAIR = Pair("raw", [GOOD], [BAD])
 
 
+# One worker plays the run for all of them.
+pytestmark = pytest.mark.xdist_group("preferences")
+
+
 @pytest.fixture
 def model(tmp_path: Path) -> Any:
     return AutoModelForCausalLM.from_pretrained(make_qwen3(tmp_path / "model"), dtype=torch.float32)
@@ -55,9 +59,9 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "--pocket-samples=4",
         ),
         *("--runs=3", "--pocket-prompt=raw,full", "--pocket-fail-under=0", f"--pocket-records={directory}"),
-        *("-m", "read"),
+        *("--pocket-max-turns=4", "-m", "read"),
     ]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=directory.parent)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, cwd=directory.parent)
     assert done.returncode == 0, done.stdout + done.stderr
     return directory
 
