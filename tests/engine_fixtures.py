@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn
 
@@ -72,27 +73,26 @@ def vllm_command() -> Path:
     return find("vllm/bin/vllm", "vllm.sh")
 
 
-@pytest.fixture(scope="session")
-def ollama_double(llama_server_binary: Path) -> Iterator[str]:
-    """The address of a double of Ollama without any models, as ``OLLAMA_HOST`` takes it."""
-    command = [
-        sys.executable,
-        SOURCES / "ollama_double.py",
-        "--llama-server",
-        llama_server_binary,
-        "--port",
-        "0",
-    ]
+@contextmanager
+def started_double(llama_server: Path, *options: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """A double of Ollama that runs: its process and its address, as ``OLLAMA_HOST`` takes it."""
+    program = str(SOURCES / "ollama_double.py")
+    command = [sys.executable, program, "--llama-server", str(llama_server), "--port", "0", *options]
     # One thread: a tiny model gains nothing from more, and threads that wait for each other starve other tests.
     environment = {**os.environ, "LLAMA_ARG_THREADS": "1"}
-    with subprocess.Popen(
-        list(map(str, command)), stdout=subprocess.PIPE, text=True, env=environment
-    ) as process:
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
         try:
             assert process.stdout is not None
             line = process.stdout.readline()
             found = re.search(r"http://\S+", line)
             assert found, f"the double of Ollama did not start: {line!r}"
-            yield found[0]
+            yield process, found[0]
         finally:
             process.terminate()
+
+
+@pytest.fixture(scope="session")
+def ollama_double(llama_server_binary: Path) -> Iterator[str]:
+    """The address of a double of Ollama without any models, as ``OLLAMA_HOST`` takes it."""
+    with started_double(llama_server_binary) as (_, address):
+        yield address

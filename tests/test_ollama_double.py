@@ -6,7 +6,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -16,7 +15,6 @@ from typing import Any
 
 import engine_fixtures
 import pytest
-from engine_fixtures import SOURCES
 
 from pytest_pocket import tools
 
@@ -325,18 +323,8 @@ def test_ending_it_ends_its_llama_servers(llama_server_binary: Path, tmp_path: P
     from pytest_pocket.backends import gguf_file
 
     gguf_file.write(str(CHECKPOINT), tmp_path / "model.gguf")
-    command = [
-        sys.executable,
-        SOURCES / "ollama_double.py",
-        "--llama-server",
-        llama_server_binary,
-        "--port",
-        "0",
-    ]
-    command += ["--model", f"mine={tmp_path / 'model.gguf'}"]
-    with subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
-        address = next(word for word in process.stdout.readline().split() if word.startswith("http"))
+    mine = f"mine={tmp_path / 'model.gguf'}"
+    with engine_fixtures.started_double(llama_server_binary, "--model", mine) as (process, address):
         ollama.Client(host=address).generate("mine")
         found = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True)
         (child,) = map(int, found.stdout.split())

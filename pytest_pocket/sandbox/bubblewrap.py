@@ -1,6 +1,6 @@
 """The default sandbox: one ``bwrap`` an episode, which stays open for all its calls.
 
-Inside, process 1 is a bash loop, the agent: it reads a call's name, runs its script in a child, kills
+Inside, process 1 is a bash loop, the agent: it reads a call's number, runs its script in a child, kills
 every other process, and only then reports the status.  The scripts lie in a host directory that is mounted
 read-only (:mod:`pytest_pocket.sandbox.root`); output leaves through a pipe; the final files are read through
 a directory descriptor of the workspace.  Nothing on the host can be written from inside.
