@@ -10,6 +10,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -137,7 +138,11 @@ def test_vllm_samples_candidates_at_once_ends_in_time_and_is_said_when_it_dies(
 
         assert backend._started
         endless = VLLMBackend(MODEL, backend._started.base_url, extra={"ignore_eos": True})
-        late = endless.chat(ChatRequest(conformance.GREETING, (), Sampling(max_tokens=1900), seconds=3))
+        # Ten times what fifty tokens take, on a machine that may be busy, is in the middle of the reply.
+        began = time.monotonic()
+        endless.chat(ChatRequest(conformance.GREETING, (), Sampling(max_tokens=50)))
+        seconds = 10 * (time.monotonic() - began)
+        late = endless.chat(ChatRequest(conformance.GREETING, (), Sampling(max_tokens=1900), seconds=seconds))
         endless.close()
         assert (late.finish, late.calls, late.evidence["finish_reason"]) == ("time", (), "late")
         assert 0 < late.completion_tokens < 1900

@@ -11,7 +11,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from toy_project import Project, table
+from toy_project import Project, table, wait_for
 
 from pytest_pocket import records
 
@@ -161,11 +161,14 @@ def test_a_run_killed_at_50_moments_loses_nothing(project: Project, workers: tup
     command += ["--pocket-model=oracle", "--pocket-prompt=raw", "--runs=2000", "--pocket-sandbox=none"]
     command += ["--pocket-records=records", "--pocket-resume", "-W", "ignore"]
     directory = project.path / "records"
+    episodes = directory / records.EPISODES
     held = 0
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")
-        for _ in range(50):
+        for moment in range(50):
             with subprocess.Popen(command, cwd=project.path, stdout=subprocess.DEVNULL) as run:
+                if not moment:  # on a busy machine no session might come to an episode in the time below
+                    wait_for(lambda: episodes.is_file() and episodes.stat().st_size > 0, 60)
                 time.sleep(moments.uniform(0.3, 3.0))
                 run.kill()
             if not (directory / records.RUN).exists():
