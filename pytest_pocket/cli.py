@@ -236,6 +236,35 @@ def rescore(
 
 
 @app.command()
+def verify(
+    runs: Annotated[list[Path], typer.Argument(help="Run directories.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON: one object a run.")] = False,
+    strict: Annotated[bool, typer.Option("--strict", help="Fail on what could not be shown, too.")] = False,
+    sandbox: Annotated[str, typer.Option(help="Where calls are played again, as --pocket-sandbox.")] = "auto",
+) -> None:
+    """Say whether runs are complete and hold together, by playing what they recorded again; exit 1 if not."""
+    from pytest_pocket import sandbox as sandboxes
+    from pytest_pocket import verify as verifying
+    from pytest_pocket.episode import Workshop
+    from pytest_pocket.registry import ModelError, extra
+    from pytest_pocket.sandbox import SandboxError, SandboxUnavailable
+
+    said = []
+    good = True
+    for run in runs:
+        with _one_line(run, SandboxError, SandboxUnavailable, ModelError), extra("verify"):
+            verdict = verifying.verify(run, Workshop(sandboxes.select(sandbox)))
+        good = good and not verdict.failed(strict=strict)
+        if as_json:
+            said.append(verifying.summary(run, verdict, strict=strict))
+        else:
+            typer.echo(verifying.render(run, verdict, strict=strict))
+    if as_json:
+        typer.echo(json.dumps(said, indent=2))
+    raise typer.Exit(not good)
+
+
+@app.command()
 def export(
     run: Annotated[Path, typer.Argument(help="A run directory, or its episodes.jsonl.")],
     kind: Annotated[str, typer.Option("--as", help="sft, dpo, jsonl or parquet.")],

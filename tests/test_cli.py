@@ -190,7 +190,7 @@ def test_the_shell_completes_commands() -> None:
     assert "_POCKET_COMPLETE=complete_bash" in done.stdout
 
 
-@pytest.mark.parametrize("command", ["list", "show", "compare", "rescore", "export", "merge"])
+@pytest.mark.parametrize("command", ["list", "show", "compare", "rescore", "export", "merge", "verify"])
 def test_every_command_that_shows_something_does_so_in_json_too(command: str) -> None:
     assert "--json" in re.sub(r"\x1b\[[0-9;]*m", "", pocket(command, "--help")[1])
 
