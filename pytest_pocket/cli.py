@@ -48,9 +48,10 @@ def _stop(message: object) -> NoReturn:
 @app.command("list")
 def list_all(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
     """Show the models, the tasks and the conditions there are."""
-    from pytest_pocket import registry, task_list
+    from pytest_pocket import __version__, registry, task_list
     from pytest_pocket.catalogue import catalogue
     from pytest_pocket.conditions import SYSTEM_PROMPTS, THINK
+    from pytest_pocket.task import SUITE_VERSION
 
     try:
         known = registry.Registry(registry.from_pyproject(Path("pyproject.toml")))
@@ -64,7 +65,8 @@ def list_all(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")
         groups.setdefault(task.group, []).append(task.name)
     conditions = {"prompt": list(SYSTEM_PROMPTS), "think": list(THINK)}
     models = [_about(model) for model in known.models.values()]
-    typer.echo(json.dumps({"models": models, "tasks": groups, "conditions": conditions}, indent=2))
+    said = {"version": __version__, "suite": SUITE_VERSION}
+    typer.echo(json.dumps({**said, "models": models, "tasks": groups, "conditions": conditions}, indent=2))
 
 
 def _about(model: Model) -> dict[str, str]:
