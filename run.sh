@@ -4,7 +4,8 @@
 #   sh run.sh tests    the project's own tests (more arguments go to pytest); those of engines that are not
 #                      there are skipped: sh tests/engines/llama.sh and vllm.sh make them
 #   sh run.sh reports  the tables of the documents and reports/page.html, from the committed runs
-# The environment is .venv (VENV overrides it), pinned by constraints.txt.  PYTHON names the interpreter.
+# The environment is .venv (VENV overrides it), pinned by constraints.txt; with POCKET_HASHES=1 by hash, but for torch.
+# PYTHON names the interpreter.
 set -eu
 cd "$(dirname "$0")"
 export HF_HUB_OFFLINE=1
@@ -34,10 +35,12 @@ wanted=$(cat pyproject.toml constraints.txt | cksum)
 if [ "$(cat "$VENV/.ready" 2>/dev/null)" != "$wanted" ]; then
     echo "run.sh: setting up $VENV (a few minutes the first time)" >&2
     [ -x "$VENV/bin/python" ] || "$PYTHON" -m venv "$VENV"
+    # CI's own: every file by its hash, and before anything else, so that what follows finds it there.
+    [ -z "${POCKET_HASHES:-}" ] || "$VENV/bin/python" -m pip install -qq --require-hashes --no-deps -r .ci/hashes.txt
     # torch first and pinned: unpinned, other packages may pull another build of it.
     "$VENV/bin/python" -m pip install -qq --upgrade "pip>=25.1" -c constraints.txt
     "$VENV/bin/python" -m pip install -qq torch -c constraints.txt
-    "$VENV/bin/python" -m pip install -qq -e '.[hf,train,xdist,export,report,openai,ollama]' --group test --group lint -c constraints.txt
+    "$VENV/bin/python" -m pip install -qq -e '.[hf,train,xdist,export,report,verify,openai,ollama]' --group test --group lint -c constraints.txt
     echo "$wanted" >"$VENV/.ready"
 fi
 

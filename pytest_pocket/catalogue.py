@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
-from pytest_pocket import task_list
+from pytest_pocket import __version__, task_list
 from pytest_pocket.conditions import SYSTEM_PROMPTS, THINK
 from pytest_pocket.registry import Model, Registry
+from pytest_pocket.task import SUITE_VERSION
 from pytest_pocket.trajectory import safe
 
 
 def catalogue(registry: Registry) -> Iterator[str]:
     """The lines to print."""
+    yield f"pytest-pocket {__version__}, suite {SUITE_VERSION} (scores of different suites are not compared)"
+    yield ""
     yield "models (--pocket-model)"
     yield from _columns(registry.models.values())
     direct = [name for name in registry.backends if name not in ("oracle", "noop")]

@@ -48,9 +48,10 @@ def _stop(message: object) -> NoReturn:
 @app.command("list")
 def list_all(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
     """Show the models, the tasks and the conditions there are."""
-    from pytest_pocket import registry, task_list
+    from pytest_pocket import __version__, registry, task_list
     from pytest_pocket.catalogue import catalogue
     from pytest_pocket.conditions import SYSTEM_PROMPTS, THINK
+    from pytest_pocket.task import SUITE_VERSION
 
     try:
         known = registry.Registry(registry.from_pyproject(Path("pyproject.toml")))
@@ -64,7 +65,8 @@ def list_all(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")
         groups.setdefault(task.group, []).append(task.name)
     conditions = {"prompt": list(SYSTEM_PROMPTS), "think": list(THINK)}
     models = [_about(model) for model in known.models.values()]
-    typer.echo(json.dumps({"models": models, "tasks": groups, "conditions": conditions}, indent=2))
+    said = {"version": __version__, "suite": SUITE_VERSION}
+    typer.echo(json.dumps({**said, "models": models, "tasks": groups, "conditions": conditions}, indent=2))
 
 
 def _about(model: Model) -> dict[str, str]:
@@ -233,6 +235,35 @@ def rescore(
         if output:
             rescoring.write(output, run, info, results)
     typer.echo(json.dumps(rescoring.summary(results), indent=2) if as_json else rescoring.render(results))
+
+
+@app.command()
+def verify(
+    runs: Annotated[list[Path], typer.Argument(help="Run directories.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON: one object a run.")] = False,
+    strict: Annotated[bool, typer.Option("--strict", help="Fail on what could not be shown, too.")] = False,
+    sandbox: Annotated[str, typer.Option(help="Where calls are played again, as --pocket-sandbox.")] = "auto",
+) -> None:
+    """Say whether runs are complete and hold together, by playing what they recorded again; exit 1 if not."""
+    from pytest_pocket import sandbox as sandboxes
+    from pytest_pocket import verify as verifying
+    from pytest_pocket.episode import Workshop
+    from pytest_pocket.registry import ModelError, extra
+    from pytest_pocket.sandbox import SandboxError, SandboxUnavailable
+
+    said = []
+    good = True
+    for run in runs:
+        with _one_line(run, SandboxError, SandboxUnavailable, ModelError), extra("verify"):
+            verdict = verifying.verify(run, Workshop(sandboxes.select(sandbox)))
+        good = good and not verdict.failed(strict=strict)
+        if as_json:
+            said.append(verifying.summary(run, verdict, strict=strict))
+        else:
+            typer.echo(verifying.render(run, verdict, strict=strict))
+    if as_json:
+        typer.echo(json.dumps(said, indent=2))
+    raise typer.Exit(not good)
 
 
 @app.command()

@@ -361,7 +361,7 @@ def record(
         "detail": episode.detail,
         **scored(score),
         "answer": episode.answer,
-        "messages": list(map(_message, episode.messages)),
+        "messages": list(map(spoken, episode.messages)),
         "replies": _replies(episode.replies),
         "files": _files(episode.after),
         "started": started.isoformat(timespec="milliseconds"),
@@ -402,14 +402,14 @@ def of_this_version(what: str = "a record") -> Iterator[None]:
 
 
 def _restored(record: Mapping[str, Any], instance: Instance) -> Episode:
-    spoken = messages(record)
+    said = messages(record)
     score = record["factors"] and Score(
         tuple(Check(**check) for check in record["checks"]), **record["factors"]
     )
     return Episode(
         instance=instance,
         condition=Condition(record["prompt"], record["think"], record["temperature"], record["best_of"]),
-        messages=spoken,
+        messages=said,
         replies=tuple(
             ChatReply(
                 content=message.content,
@@ -419,7 +419,7 @@ def _restored(record: Mapping[str, Any], instance: Instance) -> Episode:
                 evidence=json.loads(reply["evidence"]),
             )
             for message, reply in zip(
-                (message for message in spoken if message.role == "assistant"), record["replies"], strict=True
+                (message for message in said if message.role == "assistant"), record["replies"], strict=True
             )
         ),
         outcome=record["outcome"],
@@ -595,7 +595,7 @@ def _replies(replies: Iterable[ChatReply]) -> list[dict[str, Any]]:
     return found
 
 
-def _message(message: Message) -> dict[str, Any]:
+def spoken(message: Message) -> dict[str, Any]:
     """A message in the OpenAI shape, every key in its place."""
     return {
         "role": message.role,

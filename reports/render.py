@@ -2,7 +2,7 @@
 
 A document says where: everything between ``<!-- reports: KIND RUN -->`` and ``<!-- /reports -->`` is replaced
 by the table of that kind (``scores`` or ``tasks``) of the run in that folder of reports/; with ``RUN MODEL MODEL...``
-of these models alone.
+of these models alone.  The kind ``bench`` is the short table of a folder's benches, by its ``headlines.toml``.
 
     python reports/render.py            # rewrite the documents
     python reports/render.py --check    # fail, and name them, where one differs from what the records give
@@ -11,9 +11,14 @@ of these models alone.
 from __future__ import annotations
 
 import argparse
+import functools
+import json
 import re
 import sys
+import tomllib
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from pytest_pocket import records, report
 
@@ -32,11 +37,46 @@ def rendered(text: str) -> str:
 
     def table(block: re.Match[str]) -> str:
         kind, run, models = block.groups()
+        if kind == "bench":
+            return f"{kind} {run} -->\n\n{benches(REPORTS / run)}\n"
         _, episodes = records.load(REPORTS / run)
         chosen = [each for each in episodes if not models or each["model"] in models.split()]
         return f"{kind} {run}{models} -->\n\n{KINDS[kind](report.rows(chosen))}\n"
 
     return BLOCK.sub(table, text)
+
+
+def benches(folder: Path) -> str:
+    """The table of the benches that were run: what, how much, of how much was asked, by which command."""
+    rows = [
+        f"| {row['figure']} | {row['value']} | {row.get('goal', '')} | `{row['command']}` |"
+        for path in sorted(folder.glob("*.json"))
+        for row in _headline(folder, path)
+    ]
+    return "\n".join(["| figure | measured | asked | command |", "| --- | --: | --: | --- |", *rows, ""])
+
+
+def _headline(folder: Path, path: Path) -> Iterator[Mapping[str, str]]:
+    """The rows of one bench: those in its own file, else those that ``headlines.toml`` takes out of it."""
+    measured = json.loads(path.read_text())
+    if "headline" in measured:
+        yield from measured["headline"]
+        return
+    known = tomllib.loads((folder / "headlines.toml").read_text()).get(path.stem, {})
+    for row in known.get("rows", ()):
+        goal = _place(measured, row["goal"]) if "goal" in row else ""
+        yield {
+            "figure": row["figure"],
+            "value": row["of"].format(_place(measured, row["value"])),
+            "goal": goal if isinstance(goal, str) else row["of"].format(goal),
+            "command": known["command"],
+        }
+
+
+def _place(measured: Mapping[str, Any], place: str) -> Any:
+    """What stands at ``a.b``; the words themselves where no key begins so.  Raises KeyError for half a place."""
+    keys = place.split(".")
+    return functools.reduce(lambda value, key: value[key], keys, measured) if keys[0] in measured else place
 
 
 def main() -> None:

@@ -15,14 +15,14 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from pytest_pocket import records
+from pytest_pocket import __version__, records
 from pytest_pocket.chat import ChatReply, Message, ToolCall
 from pytest_pocket.cli import app
 from pytest_pocket.conditions import Condition
 from pytest_pocket.episode import Episode
 from pytest_pocket.registry import Model
 from pytest_pocket.sandbox import FileState
-from pytest_pocket.task import Check, Instance, Score
+from pytest_pocket.task import SUITE_VERSION, Check, Instance, Score
 
 HOSTILE = "line one\x1b[31m\nline two\u202e[red]"
 
@@ -73,7 +73,9 @@ def test_list_shows_models_tasks_and_conditions(tmp_path: Path, monkeypatch: pyt
     assert status == 0
     for word in ("oracle", "mine", "read_value", "verbose"):
         assert word in text
+    assert text.startswith(f"pytest-pocket {__version__}, suite {SUITE_VERSION} ")
     data = json.loads(pocket("list", "--json")[1])
+    assert (data["version"], data["suite"]) == (__version__, SUITE_VERSION)
     assert {"name", "backend", "stage", "parent", "description"} == data["models"][0].keys()
     assert sum(map(len, data["tasks"].values())) == 19
 
@@ -190,7 +192,7 @@ def test_the_shell_completes_commands() -> None:
     assert "_POCKET_COMPLETE=complete_bash" in done.stdout
 
 
-@pytest.mark.parametrize("command", ["list", "show", "compare", "rescore", "export", "merge"])
+@pytest.mark.parametrize("command", ["list", "show", "compare", "rescore", "export", "merge", "verify"])
 def test_every_command_that_shows_something_does_so_in_json_too(command: str) -> None:
     assert "--json" in re.sub(r"\x1b\[[0-9;]*m", "", pocket(command, "--help")[1])
 
