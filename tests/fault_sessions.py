@@ -38,13 +38,13 @@ TASKS = (
 TURNS = 4
 GRACE = 3.0
 """Seconds by which an episode may be over its limit: the time of its sandbox's end."""
-FULL = """
-import resource, sys
-import pytest
-resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]),) * 2)
-sys.exit(pytest.main(sys.argv[2:]))
+FILLING = """
+import os, resource
+
+def pytest_runtest_logreport(report):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (int(os.environ["ROOM"]), resource.RLIM_INFINITY))
 """
-"""A file that may grow no further stands for a full disk."""
+"""A plugin with which files may grow no further, for a full disk, once what all sandboxes share is there."""
 JUMPING = """
 import random, time
 now, began = time.time, time.monotonic()
@@ -289,10 +289,8 @@ def kill_a_worker(bench: Bench, moments: random.Random) -> Callable[[Started, st
         wanted = count_of(bench, run) + moments.randint(1, 6)
         while started.process.poll() is None and count_of(bench, run) < wanted:
             time.sleep(0.01)
-        children = Path(f"/proc/{started.process.pid}/task/{started.process.pid}/children").read_text()
-        workers = [
-            int(pid) for pid in children.split() if b"execnet" in _words(pid) or b"exec(eval" in _words(pid)
-        ]
+        told = subprocess.run(["pgrep", "-P", str(started.process.pid)], capture_output=True, text=True)
+        workers = [int(pid) for pid in told.stdout.split() if b"exec(eval(" in _words(pid)]
         if workers:
             os.kill(moments.choice(workers), signal.SIGKILL)
 
@@ -310,8 +308,8 @@ def full_disk(bench: Bench, model: str, plain: dict[Cell, float]) -> Row:
     """A file of records that may not grow beyond a third of what is needed; then a resumed session."""
     row, run = Row("full disk"), "run-full"
     size = (bench.folder / "run-plain" / records.EPISODES).stat().st_size // 3
-    command = bench.command(model, run)
-    session = bench.start([command[0], "-c", FULL, str(size), *command[3:]]).end()
+    (bench.folder / "filling.py").write_text(FILLING)
+    session = bench.play(model, run, "-p", "filling", PYTHONPATH=str(bench.folder), ROOM=str(size))
     row.injected, row.status = 1, [session.status]
     if session.status in (0, 1) or "cannot write records" not in session.said:
         row.broken.append(f"exit status {session.status}: {session.said}")
@@ -332,30 +330,28 @@ def jumping_clock(bench: Bench, model: str, plain: dict[Cell, float]) -> Row:
     return row
 
 
+def failed(status: int) -> bool:
+    """A test was reported as failed."""
+    return status == 1
+
+
+def ended_by(number: signal.Signals) -> Callable[[int], bool]:
+    """The exit statuses of a session that a signal has ended: pytest's own, and before it was there the signal's."""
+    return lambda status: status == -number or (number == signal.SIGINT and status == 2)
+
+
 def session_faults(bench: Bench, model: str, plain: dict[Cell, float], times: int) -> list[Row]:
     """What happens to sessions rather than to engines."""
     moments = random.Random(7)
     workers = ("-p", "xdist", "-n", "2")
-    rows = [full_disk(bench, model, plain), jumping_clock(bench, model, plain)]
-    rows.append(
-        interrupted(
-            "worker killed",
-            bench,
-            model,
-            plain,
-            times,
-            kill_a_worker(bench, moments),
-            lambda s: s == 1,
-            *workers,
-        )
-    )
-    for name, number, good in (
-        ("SIGINT", signal.SIGINT, lambda s: s in (2, -signal.SIGINT)),
-        ("SIGTERM", signal.SIGTERM, lambda s: s == -signal.SIGTERM),
-    ):
-        for more in ((), workers):
-            called = f"{name} with xdist" if more else name
-            rows.append(
-                interrupted(called, bench, model, plain, times, send(bench, number, moments), good, *more)
-            )
+    kill = kill_a_worker(bench, moments)
+    rows = [
+        full_disk(bench, model, plain),
+        jumping_clock(bench, model, plain),
+        interrupted("worker killed", bench, model, plain, times, kill, failed, *workers),
+    ]
+    for number in (signal.SIGINT, signal.SIGTERM):
+        for name, more in ((number.name, ()), (f"{number.name} with xdist", workers)):
+            disturb = send(bench, number, moments)
+            rows.append(interrupted(name, bench, model, plain, times, disturb, ended_by(number), *more))
     return rows
