@@ -28,7 +28,7 @@ PROBED = 100
 """No probe asks for more tokens."""
 TRIES = (1, 2, 99)
 """For how many tries of one request a fault may last: the last one outlasts all of them."""
-DEAD_SECONDS = (0.3, 4.0)
+DEAD_SECONDS = (0.3, 2.0)
 """For how long an engine that died may be gone: within the tries of one request, or beyond them."""
 FLOOD = 10 * 2**20
 GARBAGE = b"\x00\xff<html>\xfe no engine says this \x80" * 20

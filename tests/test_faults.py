@@ -45,7 +45,12 @@ def test_an_engines_faults_are_waited_out_or_infra_and_never_scored(
     calm.configure(upstream)
     plain = rewards(calm, "engine", "run-plain")
     bench = Bench(tmp_path, cells, SECONDS)
-    row = fault_sessions.engine_fault(bench, upstream, fault_proxy.FAULTS, plain, share=0.3)
+    # One that dies takes all with it that comes in the meantime: for itself.
+    kinds = [kind for kind in fault_proxy.FAULTS if kind != "dies"]
+    row = fault_sessions.engine_fault(bench, upstream, kinds, plain, share=0.3)
+    died = fault_sessions.engine_fault(bench, upstream, ["dies"], plain, share=0.1)
+    assert died.broken == []
+    assert died.injected > 0
     assert row.broken == []
     assert row.injected > 10
     assert row.same > 0 < row.infra
