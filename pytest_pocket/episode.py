@@ -248,6 +248,8 @@ def play(
                 )
                 repeats = Counter({turn: repeats[turn] + 1})
                 stop = "looping" if repeats[turn] >= SAME_CALL_IN_A_ROW else ""
+        if stop == "seconds" and not replies:
+            raise SandboxError(f"the sandbox was not ready within the episode's {budget.seconds:g} s")
         if stop == "seconds" and (lost := sum(map(_lost, replies))):
             raise EngineError(
                 f"the episode ran out of time, of which {lost:.1f} s went to tries that the engine did not answer"

@@ -2,7 +2,7 @@
 
 A document says where: everything between ``<!-- reports: KIND RUN -->`` and ``<!-- /reports -->`` is replaced
 by the table of that kind (``scores`` or ``tasks``) of the run in that folder of reports/; with ``RUN MODEL MODEL...``
-of these models alone.
+of these models alone.  ``faults FILE`` is the table of what tests/bench/bench_faults.py has measured.
 
     python reports/render.py            # rewrite the documents
     python reports/render.py --check    # fail, and name them, where one differs from what the records give
@@ -11,15 +11,18 @@ of these models alone.
 from __future__ import annotations
 
 import argparse
+import json
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
 from pytest_pocket import records, report
 
 REPORTS = Path(__file__).parent
 DOCUMENTS = tuple(
-    REPORTS.parent / name for name in ("README.md", "docs/tiny-family.md", "docs/experiments.md")
+    REPORTS.parent / name
+    for name in ("README.md", "docs/tiny-family.md", "docs/experiments.md", "docs/faults.md")
 )
 KINDS = {"scores": report.markdown, "tasks": report.tasks_markdown}
 BLOCK = re.compile(
@@ -32,11 +35,35 @@ def rendered(text: str) -> str:
 
     def table(block: re.Match[str]) -> str:
         kind, run, models = block.groups()
+        if kind == "faults":
+            return f"{kind} {run} -->\n\n{faults(json.loads((REPORTS / run).read_text()))}\n"
         _, episodes = records.load(REPORTS / run)
         chosen = [each for each in episodes if not models or each["model"] in models.split()]
         return f"{kind} {run}{models} -->\n\n{KINDS[kind](report.rows(chosen))}\n"
 
     return BLOCK.sub(table, text)
+
+
+def faults(found: dict[str, Any]) -> str:
+    """The table of faults against outcomes, in Markdown."""
+    lines = [
+        "| fault | times | episodes | as without it | `infra` | scored otherwise | lost | twice | longest (s) | exit |",
+        "| --- " + "| --: " * 8 + "| --- |",
+    ]
+    for row in found["rows"]:
+        statuses = ", ".join(map(str, sorted(set(row["status"]), reverse=True)))
+        counts = (row[name] for name in ("injected", "episodes", "same", "infra", "other", "lost", "twice"))
+        lines.append(
+            f"| {row['fault']} | {' | '.join(map(str, counts))} | {row['longest']:.1f} | {statuses} |"
+        )
+    setting = found["setting"]
+    lines += [
+        "",
+        f"{found['episodes']:,} episodes under engines' faults; {setting['share_of_requests']:.0%} of the requests met",
+        f"by one; {setting['timeout_s']:g} s for an episode; {setting['cores']} cores, load",
+        f"{setting['load_before']:g} before; {setting['seconds'] / 60:.0f} minutes.",
+    ]
+    return "\n".join(lines) + "\n"
 
 
 def main() -> None:

@@ -111,7 +111,7 @@ class FaultProxy:
                 await reader.read()  # until the other side hangs up
         except Reset:
             _reset(writer)
-        except (OSError, asyncio.IncompleteReadError):
+        except (OSError, asyncio.IncompleteReadError, httpx.TransportError):
             pass  # the other side has hung up, or we have died
         finally:
             self._open.discard(writer)
