@@ -53,16 +53,11 @@ def faults(found: dict[str, Any]) -> str:
     for row in found["rows"]:
         statuses = ", ".join(map(str, sorted(set(row["status"]), reverse=True)))
         counts = (row[name] for name in ("injected", "episodes", "same", "infra", "other", "lost", "twice"))
-        lines.append(
-            f"| {row['fault']} | {' | '.join(map(str, counts))} | {row['longest']:.1f} | {statuses} |"
-        )
+        told = f"{row['fault']} | {' | '.join(map(str, counts))}"
+        lines.append(f"| {told} | {row['longest']:.1f} of {row['limit']:g} | {statuses} |")
     setting = found["setting"]
-    lines += [
-        "",
-        f"{found['episodes']:,} episodes under engines' faults; {setting['share_of_requests']:.0%} of the requests met",
-        f"by one; {setting['timeout_s']:g} s for an episode; {setting['cores']} cores, load",
-        f"{setting['load_before']:g} before; {setting['seconds'] / 60:.0f} minutes.",
-    ]
+    told = f"{found['episodes']:,} episodes under engines' faults, on {setting['cores']} cores;"
+    lines += ["", f"{told} {setting['share_of_requests']:.0%} of the requests met one."]
     return "\n".join(lines) + "\n"
 
 

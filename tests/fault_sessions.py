@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import random
@@ -53,6 +54,8 @@ time.time = lambda: now() + 3600 * hours.choice([-30, -2, 0, 0, 5, 1000])
 """
 """A plugin with which the wall clock jumps by hours at each look."""
 
+MIXED = "mixed"
+STREAMED = "mixed in a stream"
 Cell = tuple[str, str, int]
 """Task, prompt, run."""
 
@@ -71,7 +74,7 @@ class Row:
     """What became of the episodes under one fault.
 
     ``same`` are valid and have the reward that they have without the fault; ``other`` are valid and have another
-    one; ``lost`` and ``twice`` are cells; ``longest`` is in seconds.  ``status`` are the exit statuses.
+    one; ``lost`` and ``twice`` are cells; ``longest`` and ``limit``, of an episode, are in seconds.  ``status`` are the exit statuses.
     """
 
     fault: str
@@ -83,6 +86,7 @@ class Row:
     lost: int = 0
     twice: int = 0
     longest: float = 0.0
+    limit: float = 0.0
     status: list[int] = field(default_factory=list)
     broken: list[str] = field(default_factory=list)
 
@@ -153,6 +157,7 @@ def judge(
 ) -> None:
     """Add a session to a row, and note which of the promises were broken."""
     counts = Counter(map(cell, found))
+    row.limit = timeout
     row.episodes += len(found)
     row.lost += len(plain.keys() - counts.keys())
     row.twice += sum(count > 1 for count in counts.values())
@@ -207,7 +212,7 @@ def engine_fault(
     bench: Bench, upstream: str, kinds: Sequence[str], plain: dict[Cell, float], share: float, seed: int = 1
 ) -> Row:
     """A session behind the proxy."""
-    name = "all of these, mixed" if len(kinds) > 1 else kinds[0]
+    name = MIXED if len(kinds) > 1 else kinds[0]
     row, run = Row(name), f"run-{len(list(bench.folder.glob('run-*')))}"
     with fault_proxy.faulty(upstream, kinds, share, seed) as proxy:
         bench.configure(proxy.url)
@@ -221,7 +226,7 @@ def streamed_fault(
     bench: Bench, host: str, kinds: Sequence[str], plain: dict[Cell, float], share: float, seed: int = 1
 ) -> Row:
     """A session with Ollama behind the proxy."""
-    row, run = Row("all of these, mixed, in Ollama's stream"), f"run-ollama-{seed}"
+    row, run = Row(STREAMED), f"run-ollama-{seed}"
     with fault_proxy.faulty(host, kinds, share, seed) as proxy:
         session = bench.play(f"ollama:{MODEL}", run, OLLAMA_HOST=proxy.url)
         row.injected = sum(proxy.injected.values())
@@ -340,18 +345,26 @@ def ended_by(number: signal.Signals) -> Callable[[int], bool]:
     return lambda status: status == -number or (number == signal.SIGINT and status == 2)
 
 
-def session_faults(bench: Bench, model: str, plain: dict[Cell, float], times: int) -> list[Row]:
-    """What happens to sessions rather than to engines."""
-    moments = random.Random(7)
+def session_faults(bench: Bench, model: str, times: int) -> dict[str, Callable[[], Row]]:
+    """What happens to sessions rather than to engines: rows by name.  The run without faults is played once."""
     workers = ("-p", "xdist", "-n", "2")
-    kill = kill_a_worker(bench, moments)
-    rows = [
-        full_disk(bench, model, plain),
-        jumping_clock(bench, model, plain),
-        interrupted("worker killed", bench, model, plain, times, kill, failed, *workers),
-    ]
+    plain = functools.cache(lambda: rewards(bench, model, "run-plain"))
+
+    def killed(name: str) -> Row:
+        kill = kill_a_worker(bench, random.Random(7))
+        return interrupted(name, bench, model, plain(), times, kill, failed, *workers)
+
+    def ended(name: str, number: signal.Signals, *options: str) -> Row:
+        disturb = send(bench, number, random.Random(name))
+        return interrupted(name, bench, model, plain(), times, disturb, ended_by(number), *options)
+
+    rows = {
+        "full disk": lambda: full_disk(bench, model, plain()),
+        "clock jumps": lambda: jumping_clock(bench, model, plain()),
+        "worker killed": lambda: killed("worker killed"),
+    }
     for number in (signal.SIGINT, signal.SIGTERM):
-        for name, more in ((number.name, ()), (f"{number.name} with xdist", workers)):
-            disturb = send(bench, number, moments)
-            rows.append(interrupted(name, bench, model, plain, times, disturb, ended_by(number), *more))
+        rows[number.name] = functools.partial(ended, number.name, number)
+        called = f"{number.name} with xdist"
+        rows[called] = functools.partial(ended, called, number, *workers)
     return rows
