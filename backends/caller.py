@@ -24,21 +24,61 @@ LONGEST_WAIT = 8.0
 SECONDS = 600.0
 """How long a request may take that belongs to no episode."""
 MARGIN = 5.0
-"""Seconds before an episode's end at which a reply that is being written is taken as it is."""
-PASSING = frozenset({408, 409, 425, 429, 502, 503, 504})
-"""HTTP statuses that may be gone at the next try.  500 is not: engines answer so to a model's malformed call."""
+"""Seconds before an episode's end from which on the next part ends a reply that is being written."""
+SLOWEST = 1.0
+"""Tokens a second: an engine that writes more slowly is at fault where time ends a reply, and not the model."""
+PASSING = frozenset({408, 409, 425, 429, 500, 502, 503, 504})
+"""HTTP statuses that may be gone at the next try."""
+TOKEN_CHARACTERS = 1024
+"""More than any token of any vocabulary has."""
+
+
+class Garbled(EngineError):
+    """An answer that no model's reply can be: it may be another one at the next try."""
+
+
+class Watch:
+    """Watches over one try of a reply that is streamed.
+
+    ``end`` is when the reply must be taken as it is, on the clock of the event loop: the first part after it is
+    the last.  An engine that has stalled sends none, and its time runs out.
+    """
+
+    def __init__(self, end: float | None) -> None:
+        self._end = end
+        self._first = time.monotonic()
+        self._parts = 0
+
+    def last(self) -> bool:
+        """Take note of a part; whether it is to be the last.  Raises TimeoutError where the engine is too slow."""
+        now = time.monotonic()
+        if not self._parts:
+            self._first = now
+        self._parts += 1
+        if self._end is None or now < self._end:
+            return False
+        if self._parts < SLOWEST * (now - self._first):
+            raise TimeoutError(f"{self._parts} tokens in {now - self._first:.0f} s")
+        return True
 
 
 class Caller:
     """Awaits one client's requests for many threads.
 
     ``explain`` puts an error into one line for the user: the model, the server, what to do.  ``lost`` are the
-    client's errors that mean that no answer came at all.
+    client's errors that mean that no answer came at all.  ``settled`` says of an error whether it is an answer
+    all the same, which would be the same at the next try: engines answer 500 to a model's malformed call.
     """
 
-    def __init__(self, explain: Callable[[Exception], str], lost: tuple[type[Exception], ...]) -> None:
+    def __init__(
+        self,
+        explain: Callable[[Exception], str],
+        lost: tuple[type[Exception], ...],
+        settled: Callable[[BaseException], bool],
+    ) -> None:
         self._explain = explain
         self._lost = lost
+        self._settled = settled
         self._loop = asyncio.new_event_loop()
         self._known: set[concurrent.futures.Future[Any]] = set()
         self._lock = threading.Lock()
@@ -56,7 +96,8 @@ class Caller:
         with self._lock:
             if self._cancelled:
                 raise Cancelled
-            future = asyncio.run_coroutine_threadsafe(self._persist(request, seconds or SECONDS), self._loop)
+            seconds = SECONDS if seconds is None else seconds
+            future = asyncio.run_coroutine_threadsafe(self._persist(request, seconds), self._loop)
             self._known.add(future)
         try:
             return future.result()
@@ -64,7 +105,7 @@ class Caller:
             raise Cancelled from None
         except TimeoutError as error:
             raise EngineError(
-                f"{self._explain(error)}: no reply within {seconds or SECONDS:.0f} s; "
+                f"{self._explain(error)}: no reply within {seconds:.0f} s; "
                 "raise --pocket-timeout, or lower --pocket-in-flight"
             ) from None
         except Exception as error:
@@ -118,13 +159,27 @@ class Caller:
         return result
 
     def _may_pass(self, error: BaseException) -> bool:
-        """Whether the same request may be answered at the next try."""
-        return isinstance(error, self._lost) or getattr(error, "status_code", None) in PASSING
+        """Whether the same request may be answered at the next try: a status that passes, or no answer at all."""
+        if self._settled(error) or isinstance(error, TimeoutError | Cancelled):
+            return False
+        status = getattr(error, "status_code", None)
+        return isinstance(error, Exception) if status is None else status in PASSING
 
 
 def in_time(seconds: float | None) -> float | None:
     """When a reply that is being written must be taken as it is, on the clock of the event loop."""
     return None if seconds is None else time.monotonic() + max(seconds - MARGIN, 0.8 * seconds)
+
+
+def check(characters: int, max_tokens: int, where: str) -> None:
+    """Raise Garbled for a reply that is longer than any that so many tokens can make."""
+    if characters > max_tokens * TOKEN_CHARACTERS:
+        raise Garbled(f"{where} wrote {characters} characters where {max_tokens} tokens were allowed")
+
+
+def waiting(tries: list[float]) -> dict[str, int | float]:
+    """What a record says of tries that began at these times, where the last one alone was answered."""
+    return {"tries": len(tries), "lost_seconds": round(tries[-1] - tries[0], 3)} if len(tries) > 1 else {}
 
 
 def _pause(state: tenacity.RetryCallState) -> float:
@@ -135,7 +190,8 @@ def _pause(state: tenacity.RetryCallState) -> float:
     except (KeyError, ValueError):
         asked = 0.0
     jittered = tenacity.wait_random_exponential(multiplier=0.25, max=LONGEST_WAIT)(state)
-    return min(max(asked, 0.0), LONGEST_WAIT) + jittered
+    # "nan" is a number for Python, and compares with nothing.
+    return (min(asked, LONGEST_WAIT) if asked > 0 else 0.0) + jittered
 
 
 async def _settled(client: Callable[[], Awaitable[None]]) -> None:

@@ -20,6 +20,15 @@ class Choice:
     ids: list[int] = field(default_factory=list)
     logprob: float | None = None
 
+    @property
+    def characters(self) -> int:
+        """How much text there is."""
+        return (
+            len(self.content)
+            + len(self.thinking)
+            + sum(len(part) for call in self.calls.values() for part in call)
+        )
+
     def add(self, choice: Any, said: Any) -> None:
         """Take in a message, or a part of one.  ``choice`` is what holds it."""
         self.content += said.content or ""

@@ -10,18 +10,19 @@ server that hangs.  ``OLLAMA_HOST`` names the server; without one that answers, 
 
 from __future__ import annotations
 
-import asyncio
+import contextlib
 import os
 import re
 import shutil
 import threading
+import time
 from typing import Any
 
 import httpx
 import ollama
 
 from pytest_pocket.backends import wire
-from pytest_pocket.backends.caller import Caller, in_time
+from pytest_pocket.backends.caller import Caller, Garbled, Watch, check, in_time, waiting
 from pytest_pocket.backends.openai import first_line
 from pytest_pocket.backends.probe import probe
 from pytest_pocket.backends.process import Process, free_port
@@ -84,7 +85,7 @@ class OllamaBackend:
         try:
             self._client = ollama.AsyncClient(host=host)
             self.host = str(self._client._client.base_url.copy_with(userinfo=b"")).rstrip("/")
-            self._caller = Caller(self._explain, (httpx.TransportError, ConnectionError))
+            self._caller = Caller(self._explain, (httpx.TransportError, ConnectionError), _settled)
             self._options: dict[str, Any] = {}
             self._capabilities = self._introduce(num_ctx)
             found = probe(self._probed, str(self))
@@ -219,36 +220,40 @@ class OllamaBackend:
     async def _stream(self, request: ChatRequest, heard: _Heard, end: float | None) -> None:
         sampling = request.sampling
         heard.clear()
-        try:
-            async with asyncio.timeout_at(end):
-                stream = await self._client.chat(
-                    self.name,
-                    wire.ollama_messages(request.messages),
-                    tools=list(request.tools) or None,
-                    stream=True,
-                    think=sampling.think if "thinking" in self._capabilities else None,
-                    options={
-                        **self._options,
-                        "temperature": sampling.temperature,
-                        "seed": sampling.seed % 2**31,
-                        "num_predict": sampling.max_tokens,
-                    },
-                    keep_alive=self._keep_alive,
-                )
-                async for part in stream:
-                    heard.add(part)
-        except TimeoutError:
-            if not heard.anything:
-                raise
-            heard.late = True
+        heard.tries.append(time.monotonic())
+        watch = Watch(end)
+        stream = await self._client.chat(
+            self.name,
+            wire.ollama_messages(request.messages),
+            tools=list(request.tools) or None,
+            stream=True,
+            think=sampling.think if "thinking" in self._capabilities else None,
+            options={
+                **self._options,
+                "temperature": sampling.temperature,
+                "seed": sampling.seed % 2**31,
+                "num_predict": sampling.max_tokens,
+            },
+            keep_alive=self._keep_alive,
+        )
+        async with contextlib.aclosing(stream):
+            async for part in stream:
+                heard.add(part)
+                check(heard.characters, sampling.max_tokens, str(self))
+                if watch.last() and heard.anything:
+                    heard.late = True
+                    break
+        if not (heard.done or heard.late):
+            raise Garbled(f"{self} ended its reply in the middle")
+        if not (heard.anything or heard.completion_tokens):
+            raise Garbled(f"{self} answered with nothing, not even a token that ends a reply")
 
     def _reply(self, request: ChatRequest, heard: _Heard) -> ChatReply:
-        if not (heard.done or heard.late):
-            raise EngineError(f"{self} ended its reply in the middle")
         said = wire.Said("".join(heard.content), "".join(heard.thinking), tuple(heard.calls))
         parsed = wire.read(said, request.tools)
         evidence: Evidence = {
             **self._sent(request),
+            **waiting(heard.tries),
             "finish_reason": heard.reason,
             "calls_read_by": "engine" if heard.calls else "suite",
         }
@@ -320,10 +325,12 @@ class _Heard:
     """What has come of a reply."""
 
     def __init__(self) -> None:
-        self.late = False
+        self.tries: list[float] = []
         self.clear()
 
     def clear(self) -> None:
+        self.late = False
+        self.characters = 0
         self.content: list[str] = []
         self.thinking: list[str] = []
         self.calls: list[tuple[str, Any]] = []
@@ -336,6 +343,7 @@ class _Heard:
         return bool(self.content or self.thinking or self.calls)
 
     def add(self, part: Any) -> None:
+        self.characters += len(part.message.content or "") + len(part.message.thinking or "")
         self.content.append(part.message.content or "")
         self.thinking.append(part.message.thinking or "")
         self.calls += [
@@ -346,6 +354,14 @@ class _Heard:
             self.reason = part.done_reason or ""
             self.prompt_tokens = part.prompt_eval_count or 0
             self.completion_tokens = part.eval_count or 0
+
+
+def _settled(error: BaseException) -> bool:
+    """Whether an error is the server's answer to what the model wrote."""
+    if not isinstance(error, ollama.ResponseError):
+        return False
+    text = first_line(error.error)
+    return any(each.search(text) for each in (MALFORMED, REPEATS, TOO_LONG))
 
 
 _lock = threading.Lock()

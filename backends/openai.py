@@ -11,10 +11,10 @@ text, and llama.cpp gives no log-probabilities there.
 
 from __future__ import annotations
 
-import asyncio
 import json
 import os
 import re
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -22,7 +22,7 @@ import httpx
 import openai
 
 from pytest_pocket.backends import wire
-from pytest_pocket.backends.caller import Caller, in_time
+from pytest_pocket.backends.caller import Caller, Garbled, Watch, check, in_time, waiting
 from pytest_pocket.backends.completion import Answer, Choice
 from pytest_pocket.backends.probe import probe
 from pytest_pocket.backends.reference import Reference
@@ -116,7 +116,7 @@ class OpenAIBackend:
             max_retries=0,  # the caller retries, for all engines in one way
             timeout=None,  # and knows how long an episode has
         )
-        self._caller = Caller(self._explain, (openai.APIConnectionError, httpx.TransportError))
+        self._caller = Caller(self._explain, (openai.APIConnectionError, httpx.TransportError), _settled)
         self.model_window = 0
         self._proof: Mapping[str, int] = {}
         try:
@@ -224,33 +224,49 @@ class OpenAIBackend:
             "extra_body": body,
         }
         end = in_time(request.seconds)
-        answer = self._caller.call(lambda: self._complete(fields, count, end), request.seconds)
-        if len(answer.choices) != count:
-            raise EngineError(f"{self} answered with {len(answer.choices)} messages, not {count}")
-        return [self._reply(request, answer, index, max_tokens) for index in range(count)]
+        tries: list[float] = []
+
+        async def once() -> Answer:
+            tries.append(time.monotonic())
+            answer = await self._complete(fields, count, end)
+            self._check(answer, count, max_tokens)
+            return answer
+
+        answer = self._caller.call(once, request.seconds)
+        return [self._reply(request, answer, index, max_tokens, tries) for index in range(count)]
 
     async def _complete(self, fields: Mapping[str, Any], count: int, end: float | None) -> Answer:
         answer = Answer([Choice() for _ in range(count)])
         create = self._client.chat.completions.create
         if self._dialect not in STREAMED:
             return answer.fill(await create(**fields))
-        try:
-            async with asyncio.timeout_at(end):
-                stream = await create(stream=True, stream_options={"include_usage": True}, **fields)
-                async with stream:
-                    async for chunk in stream:
-                        answer.add(chunk)
-        except TimeoutError:
-            if not answer.begun:
-                raise
-            answer.late = True
+        watch = Watch(end)
+        async with await create(stream=True, stream_options={"include_usage": True}, **fields) as stream:
+            async for chunk in stream:
+                answer.add(chunk)
+                for choice in answer.choices:
+                    check(choice.characters, fields["max_tokens"], str(self))
+                if watch.last() and answer.begun:
+                    answer.late = True
+                    break
         return answer
 
-    def _reply(self, request: ChatRequest, answer: Answer, index: int, max_tokens: int) -> ChatReply:
+    def _check(self, answer: Answer, count: int, max_tokens: int) -> None:
+        """Raise Garbled for what no model's reply can be."""
+        if len(answer.choices) != count:
+            raise Garbled(f"{self} answered with {len(answer.choices)} messages, not {count}")
+        for choice in answer.choices:
+            if not (choice.finish or answer.late):
+                raise Garbled(f"{self} ended its reply in the middle")
+            if not (choice.characters or choice.ids or answer.completion_tokens):
+                raise Garbled(f"{self} answered with nothing, not even a token that ends a reply")
+            check(choice.characters, max_tokens, str(self))
+
+    def _reply(
+        self, request: ChatRequest, answer: Answer, index: int, max_tokens: int, tries: list[float]
+    ) -> ChatReply:
         choice, several = answer.choices[index], len(answer.choices) > 1
         late = answer.late and not choice.finish
-        if not (choice.finish or late):
-            raise EngineError(f"{self} ended its reply in the middle")
         told = 0 if several or late else answer.completion_tokens
         completion_tokens = told or len(choice.ids)
         prompt_tokens = answer.prompt_tokens or len(answer.prompt_ids)
@@ -269,6 +285,7 @@ class OpenAIBackend:
         )
         evidence: Evidence = {
             **self._sent(request),
+            **waiting(tries),
             "engine": self._dialect,
             "finish_reason": "late" if late else choice.finish,
         }
@@ -372,6 +389,11 @@ class OpenAIBackend:
             case openai.APIConnectionError() | httpx.TransportError():
                 return f"{self.server} {self.shown} (for {self.name!r}) cannot be reached: {self.mend}"
         return f"{self}: {type(error).__name__}: {first_line(error)}"
+
+
+def _settled(error: BaseException) -> bool:
+    """Whether an error is the server's answer to what the model wrote."""
+    return isinstance(error, openai.APIStatusError) and bool(UNREADABLE.search(_message(error)))
 
 
 def _message(error: openai.APIStatusError) -> str:

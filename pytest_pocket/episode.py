@@ -248,6 +248,12 @@ def play(
                 )
                 repeats = Counter({turn: repeats[turn] + 1})
                 stop = "looping" if repeats[turn] >= SAME_CALL_IN_A_ROW else ""
+        if stop == "seconds" and not replies:
+            raise SandboxError(f"the sandbox was not ready within the episode's {budget.seconds:g} s")
+        if stop == "seconds" and (lost := sum(map(_lost, replies))):
+            raise EngineError(
+                f"the episode ran out of time, of which {lost:.1f} s went to tries that the engine did not answer"
+            )
         after = sandbox.snapshot()
         workshop.close(sandbox)
         calls = sum(len(reply.calls) for reply in replies)
@@ -262,6 +268,11 @@ def play(
     finally:
         if sandbox is not None:
             workshop.close(sandbox)
+
+
+def _lost(reply: ChatReply) -> float:
+    """Seconds of failed tries, and between them, before the one that was answered."""
+    return float(reply.evidence.get("lost_seconds", 0))
 
 
 def ledger(score: Score, stop: str, calls: int) -> Ending:

@@ -2,7 +2,8 @@
 
 A document says where: everything between ``<!-- reports: KIND RUN -->`` and ``<!-- /reports -->`` is replaced
 by the table of that kind (``scores`` or ``tasks``) of the run in that folder of reports/; with ``RUN MODEL MODEL...``
-of these models alone.  The kind ``bench`` is the short table of a folder's benches, by its ``headlines.toml``.
+of these models alone.  The kind ``bench`` is the short table of a folder's benches, by its ``headlines.toml``;
+``faults FILE`` is the table of what tests/bench/bench_faults.py has measured.
 
     python reports/render.py            # rewrite the documents
     python reports/render.py --check    # fail, and name them, where one differs from what the records give
@@ -24,7 +25,8 @@ from pytest_pocket import records, report
 
 REPORTS = Path(__file__).parent
 DOCUMENTS = tuple(
-    REPORTS.parent / name for name in ("README.md", "docs/tiny-family.md", "docs/experiments.md")
+    REPORTS.parent / name
+    for name in ("README.md", "docs/tiny-family.md", "docs/experiments.md", "docs/faults.md")
 )
 KINDS = {"scores": report.markdown, "tasks": report.tasks_markdown}
 BLOCK = re.compile(
@@ -39,6 +41,8 @@ def rendered(text: str) -> str:
         kind, run, models = block.groups()
         if kind == "bench":
             return f"{kind} {run} -->\n\n{benches(REPORTS / run)}\n"
+        if kind == "faults":
+            return f"{kind} {run} -->\n\n{faults(json.loads((REPORTS / run).read_text()))}\n"
         _, episodes = records.load(REPORTS / run)
         chosen = [each for each in episodes if not models or each["model"] in models.split()]
         return f"{kind} {run}{models} -->\n\n{KINDS[kind](report.rows(chosen))}\n"
@@ -77,6 +81,21 @@ def _place(measured: Mapping[str, Any], place: str) -> Any:
     """What stands at ``a.b``; the words themselves where no key begins so.  Raises KeyError for half a place."""
     keys = place.split(".")
     return functools.reduce(lambda value, key: value[key], keys, measured) if keys[0] in measured else place
+def faults(found: dict[str, Any]) -> str:
+    """The table of faults against outcomes, in Markdown."""
+    lines = [
+        "| fault | times | episodes | as without it | `infra` | scored otherwise | lost | twice | longest (s) | exit |",
+        "| --- " + "| --: " * 8 + "| --- |",
+    ]
+    for row in found["rows"]:
+        statuses = ", ".join(map(str, sorted(set(row["status"]), reverse=True)))
+        counts = (row[name] for name in ("injected", "episodes", "same", "infra", "other", "lost", "twice"))
+        told = f"{row['fault']} | {' | '.join(map(str, counts))}"
+        lines.append(f"| {told} | {row['longest']:.1f} of {row['limit']:g} | {statuses} |")
+    setting = found["setting"]
+    told = f"{found['episodes']:,} episodes under engines' faults, on {setting['cores']} cores;"
+    lines += ["", f"{told} {setting['share_of_requests']:.0%} of the requests met one."]
+    return "\n".join(lines) + "\n"
 
 
 def main() -> None:

@@ -212,10 +212,30 @@ def test_a_reply_cut_by_its_length_is_a_limit_and_its_text_no_answer(workshop: W
 
 def test_seconds_run_out(workshop: Workshop) -> None:
     def slow(request: ChatRequest) -> ChatReply:
-        time.sleep(0.06)
+        time.sleep(1.1)
         return bash(f"echo {len(request.messages)}")
 
-    assert ending(attempt(workshop, slow, budget=Budget(seconds=0.1))[0])[:2] == ("limit", "seconds")
+    assert ending(attempt(workshop, slow, budget=Budget(seconds=1.0))[0])[:2] == ("limit", "seconds")
+
+
+def test_time_that_was_up_before_the_model_was_asked_is_infra(workshop: Workshop) -> None:
+    episode, script = attempt(workshop, say("no"), budget=Budget(seconds=1e-9))
+    assert (episode.outcome, script.requests) == ("infra", [])
+
+
+@pytest.mark.parametrize("how", ["between replies", "in one"])
+def test_time_that_runs_out_after_some_was_lost_to_the_engine_is_infra(workshop: Workshop, how: str) -> None:
+    """The model may have had enough of it."""
+
+    def slow(request: ChatRequest) -> ChatReply:
+        time.sleep(1.1)
+        reply = bash(f"echo {len(request.messages)}")
+        return replace(reply, evidence={"tries": 2, "lost_seconds": 0.05})
+
+    script = [slow] if how == "between replies" else [slow, replace(say("I was"), finish="time")]
+    episode, _ = attempt(workshop, *script, budget=Budget(seconds=1.0 if len(script) == 1 else 90.0))
+    assert (episode.outcome, episode.score) == ("infra", None)
+    assert "went to tries that the engine did not answer" in episode.detail
 
 
 def test_a_malformed_call_goes_back_to_the_model_which_may_recover(workshop: Workshop) -> None:

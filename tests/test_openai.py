@@ -6,6 +6,7 @@ import itertools
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -24,6 +25,7 @@ from pytest_pocket.tools import SCHEMAS
 
 QUESTION = (Message("user", "How many words does this question have?"),)
 REQUEST = ChatRequest(QUESTION, SCHEMAS, Sampling())
+NOTHING: Said = {"model": "tiny", "messages": [], "max_tokens": 9, "temperature": 0}
 
 
 @pytest.fixture
@@ -210,13 +212,23 @@ def test_a_window_that_is_too_small_is_truncated(server: Server, backend: OpenAI
 
 @pytest.mark.parametrize(
     "answer",
-    [(429, {"error": {"message": "busy"}}), (503, {"error": {"message": "loading"}}), (0, None)],
-    ids=["429", "503", "reset"],
+    [
+        (429, {"error": {"message": "busy"}}),
+        (500, {"error": {"message": "CUDA error"}}),
+        (503, {"error": {"message": "loading"}}),
+        (0, None),
+        (200, b'{"choices": [{"mess'),
+        (200, {"choices": []}),
+    ],
+    ids=["429", "500", "503", "reset", "half", "no choice"],
 )
 def test_a_fault_that_passes_is_tried_again(server: Server, backend: OpenAIBackend, answer: Answer) -> None:
     server.answer = first(answer, answer)
-    assert backend.chat(REQUEST).content == "hello "
+    said = backend.chat(REQUEST)
+    assert said.content == "hello "
     assert len(server.seen) == 3
+    assert said.evidence["tries"] == 3
+    assert float(said.evidence["lost_seconds"]) > 0
 
 
 def test_retry_after_is_obeyed(server: Server, backend: OpenAIBackend) -> None:
@@ -227,6 +239,15 @@ def test_retry_after_is_obeyed(server: Server, backend: OpenAIBackend) -> None:
     assert time.monotonic() - start >= 1
 
 
+@pytest.mark.parametrize("asked", ["nan", "-1", "soon", "Wed, 21 Oct 2015 07:28:00 GMT"])
+def test_a_retry_after_that_is_no_time_waits_for_nothing(
+    server: Server, backend: OpenAIBackend, asked: str
+) -> None:
+    server.headers["retry-after"] = asked
+    server.answer = first((429, {"error": {"message": "busy"}}))
+    assert backend.chat(replace(REQUEST, seconds=20)).content == "hello "
+
+
 @pytest.mark.parametrize(
     "answer",
     [
@@ -235,8 +256,10 @@ def test_retry_after_is_obeyed(server: Server, backend: OpenAIBackend) -> None:
         (200, {"choices": []}),
         (200, b'{"choices": [{"mess'),
         (200, {"choices": [{"index": 0, "finish_reason": "stop", "message": None}]}),
+        (200, {"choices": [{"index": 0, "finish_reason": "stop", "message": {"content": ""}}]}),
+        (200, reply(NOTHING, content="a" * 10**7)),
     ],
-    ids=["500", "garbage", "no choice", "half", "no message"],
+    ids=["500", "garbage", "no choice", "half", "no message", "nothing", "10 MB"],
 )
 def test_an_engines_fault_is_an_engines_error(server: Server, backend: OpenAIBackend, answer: Answer) -> None:
     server.answer = lambda body: answer
@@ -253,6 +276,7 @@ def test_a_call_that_the_server_could_not_read_is_the_models_fault(
     )
     reply = backend.chat(REQUEST)
     assert reply.malformed
+    assert len(server.seen) == 1
     assert "peg-native" in str(reply.evidence["error"])
 
 
