@@ -28,8 +28,10 @@ pytestmark = pytest.mark.xdist_group("ray")
 PLACE_AND_TIME = ("started", "seconds")
 PATIENCE = {
     "RAY_USAGE_STATS_ENABLED": "0",
-    # Where the processors are busy, a slow answer is no dead machine.
+    # Where the processors are busy, a slow answer is no dead machine; no answer at all soon is.
     "RAY_health_check_timeout_ms": "120000",
+    "RAY_health_check_period_ms": "1000",
+    "RAY_health_check_failure_threshold": "3",
     "RAY_worker_register_timeout_seconds": "240",
     "RAY_gcs_server_request_timeout_seconds": "240",
     "RAY_DASHBOARD_STARTUP_TIMEOUT_S": "240",
@@ -65,6 +67,7 @@ def pytest_pocket_backends():
 HELPER = """
 import os
 import signal
+import time
 from pathlib import Path
 
 from pytest_pocket import *
