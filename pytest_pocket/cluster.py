@@ -23,6 +23,7 @@ from typing import Any
 
 import ray
 from ray import cloudpickle
+from ray._private import worker
 from ray.cloudpickle.cloudpickle import register_pickle_by_value, unregister_pickle_by_value
 from ray.exceptions import RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -103,6 +104,8 @@ class Cluster:
                 ray.init(log_to_driver=False, logging_level=logging.ERROR, include_dashboard=False)
             except Exception as error:
                 raise OptionError(f"--pocket-executor ray: no cluster: {_line(error)}") from None
+            # Whatever log_to_driver says, Ray prints pages about a lost machine into the session's output.
+            worker.print_to_stdstream = lambda *_, **__: None
         self._ready = ray.remote(num_cpus=0, max_retries=RETRIES)(ready)
         self._play = ray.remote(num_cpus=1, max_retries=RETRIES)(play)
 
