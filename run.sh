@@ -40,7 +40,7 @@ if [ "$(cat "$VENV/.ready" 2>/dev/null)" != "$wanted" ]; then
     # torch first and pinned: unpinned, other packages may pull another build of it.
     "$VENV/bin/python" -m pip install -qq --upgrade "pip>=25.1" -c constraints.txt
     "$VENV/bin/python" -m pip install -qq torch -c constraints.txt
-    "$VENV/bin/python" -m pip install -qq -e '.[hf,train,xdist,export,report,verify,openai,ollama]' --group test --group lint -c constraints.txt
+    "$VENV/bin/python" -m pip install -qq -e '.[hf,train,xdist,ray,export,report,verify,openai,ollama]' --group test --group lint -c constraints.txt
     echo "$wanted" >"$VENV/.ready"
 fi
 

@@ -10,6 +10,7 @@ import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 from pytest_pocket.conditions import Condition, ConditionError, grid
@@ -38,6 +39,7 @@ class Options:
     samples: int
     split: Split
     seed: int
+    executor: str
     in_flight: int
     budget: Budget
     sandbox: str
@@ -68,6 +70,7 @@ def read(get: Callable[[str], str]) -> Options:
         samples=_integer("samples", get("samples") or "1", 1, 10_000),
         split=_split(get("split") or "eval"),
         seed=_integer("seed", get("seed") or "0", 0, MAX_SEED),
+        executor=_choice("executor", get("executor") or "local", ("local", "ray")),
         in_flight=_integer("in-flight", get("in_flight") or "16", 1, 1024),
         budget=_budget(get),
         sandbox=_choice("sandbox", get("sandbox") or "auto", ("auto", *PROVIDERS)),
@@ -85,6 +88,8 @@ def read(get: Callable[[str], str]) -> Options:
             f"--pocket-samples {options.samples} at temperature 0 would repeat one attempt "
             f"{options.samples} times: set --pocket-temperature above 0"
         )
+    if options.executor == "ray" and not find_spec("ray"):
+        raise OptionError("--pocket-executor ray: the package is missing: pip install 'pytest-pocket[ray]'")
     if options.resume and options.records is None:
         raise OptionError("--pocket-resume needs --pocket-records DIR: the run to go on with")
     if options.fail_worse is not None and options.baseline is None:

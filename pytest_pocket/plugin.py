@@ -39,6 +39,7 @@ OPTIONS = {
     "temperature": ("LIST", "temperatures; 0 is greedy (default 0)"),
     "best_of": ("LIST", "play N episodes and choose the one that most agree with (default 1)"),
     "seed": ("N", "which instances, and the seed of sampling (default 0)"),
+    "executor": ("NAME", "where episodes are played: local (default), or ray: the cluster of RAY_ADDRESS"),
     "in_flight": ("N", "episodes played at a time without xdist (default 16)"),
     "max_turns": ("N", "replies that an episode may have (default 12)"),
     "timeout": ("SECONDS", "how long an episode may take (default 120)"),
@@ -138,6 +139,8 @@ def pytest_configure(config: pytest.Config) -> None:
             if config.option.pocket_conformance:
                 raise options.OptionError("--pocket-conformance needs --pocket-model: the engines to ask")
             return
+        if asked.executor == "ray" and _distributed(config):
+            raise options.OptionError("--pocket-executor ray plays in Ray's workers: run it without -n")
         _hooked_tasks(config)
         command = ("pytest", *map(str, config.invocation_params.args))
         session = Session(asked, _registry(config), command, config.rootpath)
@@ -324,11 +327,16 @@ def _conform(config: pytest.Config, session: Session) -> None:
     from pytest_pocket.options import OptionError
 
     with _usage_errors():
-        if config.pluginmanager.has_plugin("dsession") or hasattr(config, "workerinput"):
+        if _distributed(config):
             raise OptionError("--pocket-conformance asks many requests at once by itself: run it without -n")
     config.stash[SUBJECTS] = Subjects(session)
     config.args[:] = [str(_conformance_file())]
     config.pluginmanager.register(Conforming(config), "pocket-conforming")
+
+
+def _distributed(config: pytest.Config) -> bool:
+    """Whether pytest-xdist plays, here or in the process that started this one."""
+    return config.pluginmanager.has_plugin("dsession") or hasattr(config, "workerinput")
 
 
 class Conforming:

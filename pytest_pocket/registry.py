@@ -302,6 +302,7 @@ class Registry:
             **_installed(),
             **backends,
         }
+        self.added = dict(backends)
         self._asked: dict[str, Model] = {}
         self.models = {model.name: model for model in (*SCRIPTED, *from_checkpoints(shipped()), *models)}
 

@@ -11,7 +11,7 @@ import threading
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pytest_pocket import records, sandbox, task_list
 from pytest_pocket.attempt import Attempt, Cell, attempt, kept
@@ -22,6 +22,9 @@ from pytest_pocket.options import Options
 from pytest_pocket.pool import Pool
 from pytest_pocket.registry import Model, ModelError, Registry
 from pytest_pocket.sharing import RemoteBackend, Server, watch
+
+if TYPE_CHECKING:
+    from pytest_pocket.cluster import Cluster
 
 LOCAL = ("oracle", "noop")
 """Backends that cost nothing, and run in each worker."""
@@ -51,6 +54,7 @@ class Session:
         self._workshop: Workshop | None = None
         self._pool: Pool[Cell, Attempt] | None = None
         self._server: Server | None = None
+        self._cluster: Cluster | None = None
         self._cancelled = False
         self._played: dict[Cell, int] = {}
         self._kept: dict[records.CellKey, list[Mapping[str, Any]]] = {}
@@ -75,9 +79,12 @@ class Session:
         """Find a sandbox that works, load the engines that the cells need, and begin the records.
 
         A model whose engine cannot be had is left to ``failures``, where another one can be.  Raises
-        SandboxUnavailable, ModelError or RecordsError, and then leaves no record.
+        SandboxUnavailable, ModelError, OptionError or RecordsError, and then leaves no record.
         """
-        self._workshop = Workshop(sandbox.select(self.options.sandbox))
+        cells = tuple(cells)
+        workshop = self.furnish(self.options.sandbox)
+        if self.options.executor == "ray":
+            self._cluster = self._join_cluster(workshop.provider.name, cells)
         asked = {
             name: str(value) if isinstance(value, Path) else value
             for name, value in asdict(self.options).items()
@@ -88,7 +95,7 @@ class Session:
             seed=self.options.seed,
             options={
                 **asked,
-                "sandbox": self._workshop.provider.name,
+                "sandbox": workshop.provider.name,
             },
             directory=self._directory,
         )
@@ -98,6 +105,19 @@ class Session:
         else:
             self._prepare(cells)
             self._run = records.start(self.options.records, info)
+
+    def furnish(self, name: str) -> Workshop:
+        """Find a sandbox that works.  Raises SandboxUnavailable."""
+        self._workshop = Workshop(sandbox.select(name))
+        return self._workshop
+
+    def _join_cluster(self, provider: str, cells: Iterable[Cell]) -> Cluster:
+        from pytest_pocket.cluster import Cluster, packed
+
+        tasks = {cell.task for cell in cells}
+        models = tuple(self.models.values())
+        kit = packed(self.options, provider, models, self.registry, tasks, self._directory)
+        return Cluster(self.options, kit)
 
     def _resume(self, directory: Path, info: Mapping[str, Any]) -> None:
         self._run = records.resume(directory, info, force=self.options.resume == "force")
@@ -141,11 +161,21 @@ class Session:
             return kept(cell, found, self.options.split, self.options.seed)
         return self._pool.result(cell) if self._pool else self.play(cell)
 
+    def attempt(self, cell: Cell) -> Attempt:
+        """Play a cell, in the cluster if there is one.  Raises Cancelled, ModelError."""
+        engine = self.engine(cell.model)
+        if self._cluster:
+            return self._cluster.attempt(cell)
+        if self._workshop is None:
+            raise RuntimeError("the session has no sandbox")
+        options = self.options
+        return attempt(cell, engine, self._workshop, options.budget, options.seed, options.split)
+
     def play(self, cell: Cell) -> Attempt:
         """Play a cell and record it.  Raises Cancelled (nothing is recorded), ModelError, RecordsError."""
-        workshop, run = self._opened()
+        run = self._opened()[1]
         options = self.options
-        done = attempt(cell, self.engine(cell.model), workshop, options.budget, options.seed, options.split)
+        done = self.attempt(cell)
         rerun = self._played.get(cell, 0)
         self._played[cell] = rerun + 1
         for candidate, episode in enumerate(done.episodes):
@@ -176,7 +206,7 @@ class Session:
     def join(self, told: Mapping[str, Any]) -> None:
         """Become the session of an xdist worker, with what the controller tells."""
         self._remote = told["address"], told["authkey"]
-        self._workshop = Workshop(sandbox.select(told["sandbox"]))
+        self.furnish(told["sandbox"])
         self._run = records.join(Path(told["records"]))
         if self.options.resume:
             self._kept = records.finished(self._run.directory)
@@ -194,6 +224,8 @@ class Session:
             self._server.close()
         for engine in tuple(self._engines.values()):
             engine.cancel()
+        if self._cluster:
+            self._cluster.cancel()
         if self._workshop:
             self._workshop.cancel()
         if self._pool:
@@ -214,6 +246,9 @@ class Session:
         self.cancel()
         while self._engines:
             self._engines.popitem()[1].close()
+        if self._cluster:
+            self._cluster.close()
+            self._cluster = None
         if self._run:
             self._run.close()
             self._run = None
@@ -251,6 +286,8 @@ class Session:
         return several(engine, request, seeds)
 
     def _build(self, model: Model) -> Backend:
+        if self._cluster:
+            return self._cluster.engine(model.name)
         if self._remote and model.backend not in LOCAL:
             return RemoteBackend(*self._remote, model.name)
         try:

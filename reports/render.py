@@ -81,6 +81,8 @@ def _place(measured: Mapping[str, Any], place: str) -> Any:
     """What stands at ``a.b``; the words themselves where no key begins so.  Raises KeyError for half a place."""
     keys = place.split(".")
     return functools.reduce(lambda value, key: value[key], keys, measured) if keys[0] in measured else place
+
+
 def faults(found: dict[str, Any]) -> str:
     """The table of faults against outcomes, in Markdown."""
     lines = [

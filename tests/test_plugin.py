@@ -231,6 +231,7 @@ USAGE = {
     "--pocket-model=oracle --pocket-samples=2": "--pocket-samples 2 at temperature 0 *",
     "--pocket-model=oracle --pocket-split=test": "--pocket-split 'test': choose from train, dev, eval",
     "--pocket-model=oracle --pocket-seed=-1": "--pocket-seed -1: *",
+    "--pocket-model=oracle --pocket-executor=slurm": "--pocket-executor 'slurm': choose from local, ray",
     "--pocket-model=oracle --pocket-in-flight=0": "--pocket-in-flight 0: *",
     "--pocket-model=oracle --pocket-timeout=nan": "--pocket-timeout 'nan': *",
     "--pocket-model=oracle --pocket-fail-under=90": "--pocket-fail-under '90': give a number from 0 to 1",
