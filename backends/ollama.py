@@ -16,7 +16,8 @@ import re
 import shutil
 import threading
 import time
-from typing import Any
+from collections.abc import AsyncGenerator
+from typing import Any, cast
 
 import httpx
 import ollama
@@ -236,7 +237,7 @@ class OllamaBackend:
             },
             keep_alive=self._keep_alive,
         )
-        async with contextlib.aclosing(stream):
+        async with contextlib.aclosing(cast(AsyncGenerator[Any, None], stream)):
             async for part in stream:
                 heard.add(part)
                 check(heard.characters, sampling.max_tokens, str(self))
@@ -340,7 +341,7 @@ class _Heard:
 
     @property
     def anything(self) -> bool:
-        return bool(self.content or self.thinking or self.calls)
+        return bool(self.characters or self.calls)
 
     def add(self, part: Any) -> None:
         self.characters += len(part.message.content or "") + len(part.message.thinking or "")

@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import os
@@ -240,7 +241,7 @@ def interrupted(
     model: str,
     plain: dict[Cell, float],
     times: int,
-    disturb: Callable[[Started, str], None],
+    disturb: Callable[[Started, str], int],
     good: Callable[[int], bool],
     *options: str,
 ) -> Row:
@@ -249,9 +250,8 @@ def interrupted(
     held: set[str] = set()
     for _ in range(times):
         started = bench.start(bench.command(model, run, "--pocket-resume", *options))
-        disturb(started, run)
+        row.injected += disturb(started, run)
         session = started.end()
-        row.injected += 1
         row.status.append(session.status)
         found = bench.found(run)
         lines = {json.dumps(record, sort_keys=True) for record in found}
@@ -271,35 +271,46 @@ def count_of(bench: Bench, run: str) -> int:
     return path.read_bytes().count(b"\n") if path.is_file() else 0
 
 
-def send(bench: Bench, number: signal.Signals, moments: random.Random) -> Callable[[Started, str], None]:
+def send(bench: Bench, number: signal.Signals, moments: random.Random) -> Callable[[Started, str], int]:
     """Send a signal at a random moment: in the middle of the start, or some episodes later."""
 
-    def disturb(started: Started, run: str) -> None:
+    def disturb(started: Started, run: str) -> int:
         if moments.random() < 0.3:
             time.sleep(moments.uniform(0.0, 1.5))
         else:
-            wanted = count_of(bench, run) + moments.randint(0, 6)
-            while started.process.poll() is None and count_of(bench, run) < wanted:
-                time.sleep(0.01)
+            wait_for_more(bench, started, run, moments.randint(0, 6))
             time.sleep(moments.uniform(0.0, 0.2))
+        if started.process.poll() is not None:
+            return 0
         started.process.send_signal(number)
+        return 1
 
     return disturb
 
 
-def kill_a_worker(bench: Bench, moments: random.Random) -> Callable[[Started, str], None]:
-    """Kill one of a session's xdist workers after some of the episodes."""
+def kill_workers(bench: Bench, moments: random.Random, times: int) -> Callable[[Started, str], int]:
+    """Kill so many of a session's xdist workers, each after some episodes more."""
 
-    def disturb(started: Started, run: str) -> None:
-        wanted = count_of(bench, run) + moments.randint(1, 6)
-        while started.process.poll() is None and count_of(bench, run) < wanted:
-            time.sleep(0.01)
-        told = subprocess.run(["pgrep", "-P", str(started.process.pid)], capture_output=True, text=True)
-        workers = [int(pid) for pid in told.stdout.split() if b"exec(eval(" in _words(pid)]
-        if workers:
-            os.kill(moments.choice(workers), signal.SIGKILL)
+    def disturb(started: Started, run: str) -> int:
+        killed = 0
+        for _ in range(times):
+            wait_for_more(bench, started, run, moments.randint(1, 6))
+            asked = ["pgrep", "-P", str(started.process.pid)]
+            told = subprocess.run(asked, capture_output=True, text=True)
+            workers = [int(pid) for pid in told.stdout.split() if b"exec(eval(" in _words(pid)]
+            with contextlib.suppress(ProcessLookupError, IndexError):
+                os.kill(moments.choice(workers), signal.SIGKILL)
+                killed += 1
+        return killed
 
     return disturb
+
+
+def wait_for_more(bench: Bench, started: Started, run: str, episodes: int) -> None:
+    """Wait until there are so many records more than now, or the session has ended."""
+    wanted = count_of(bench, run) + episodes
+    while started.process.poll() is None and count_of(bench, run) < wanted:
+        time.sleep(0.01)
 
 
 def _words(pid: str) -> bytes:
@@ -351,8 +362,8 @@ def session_faults(bench: Bench, model: str, times: int) -> dict[str, Callable[[
     plain = functools.cache(lambda: rewards(bench, model, "run-plain"))
 
     def killed(name: str) -> Row:
-        kill = kill_a_worker(bench, random.Random(7))
-        return interrupted(name, bench, model, plain(), times, kill, failed, *workers)
+        kill = kill_workers(bench, random.Random(7), times)
+        return interrupted(name, bench, model, plain(), 1, kill, failed, *workers)
 
     def ended(name: str, number: signal.Signals, *options: str) -> Row:
         disturb = send(bench, number, random.Random(name))

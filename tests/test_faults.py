@@ -66,7 +66,7 @@ def test_a_stream_that_breaks_or_stalls_is_infra_and_never_a_limit(
         plain = rewards(calm, f"ollama:{MODEL}", "run-plain", OLLAMA_HOST=host)
         bench = Bench(tmp_path, cells, SECONDS)
         row = fault_sessions.streamed_fault(
-            bench, host, ["stall", "cut", "garbage", "drip"], plain, share=0.3
+            bench, host, ["stall", "cut", "garbage", "drip", "hollow"], plain, share=0.3
         )
     assert row.broken == []
     assert row.injected > 0 < row.infra
@@ -94,14 +94,14 @@ def test_a_clock_that_jumps_changes_nothing(oracle: tuple[Bench, dict[Cell, floa
     assert (row.broken, row.status, row.same) == ([], [0], len(plain))
 
 
-def test_a_worker_that_is_killed_costs_a_failure_and_the_resumed_run_is_whole(
+def test_workers_that_are_killed_cost_failures_and_the_resumed_run_is_whole(
     oracle: tuple[Bench, dict[Cell, float]],
 ) -> None:
     bench, plain = oracle
-    kill = fault_sessions.kill_a_worker(bench, random.Random(3))
+    kill = fault_sessions.kill_workers(bench, random.Random(3), 3)
     workers = ("-p", "xdist", "-n", "2")
     row = fault_sessions.interrupted(
-        "worker", bench, "oracle", plain, 2, kill, fault_sessions.failed, *workers
+        "worker", bench, "oracle", plain, 1, kill, fault_sessions.failed, *workers
     )
     assert row.broken == []
     assert row.same == len(plain)

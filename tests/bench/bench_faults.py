@@ -13,6 +13,7 @@ import argparse
 import json
 import os
 import platform
+import signal
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -72,6 +73,9 @@ def main() -> None:
     parser.add_argument("--times", type=int, default=5, help="how often a session is ended, for each way")
     parser.add_argument("--only", help="the rows to measure, comma separated", default="")
     options = parser.parse_args()
+    # A shell's background job ignores interrupts, and so would all sessions that it starts.
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     wanted = list(filter(None, options.only.split(",")))
     known: dict[str, dict[str, Any]] = {}
     if wanted and options.out.is_file():
