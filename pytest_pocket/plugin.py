@@ -336,7 +336,8 @@ def _conform(config: pytest.Config, session: Session) -> None:
 
 def _distributed(config: pytest.Config) -> bool:
     """Whether pytest-xdist plays, here or in the process that started this one."""
-    return config.pluginmanager.has_plugin("dsession") or hasattr(config, "workerinput")
+    # Its own plugin for that comes into being later than some ask.
+    return bool(config.getoption("dist", "no") != "no" or hasattr(config, "workerinput"))
 
 
 class Conforming:
