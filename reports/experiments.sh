@@ -37,7 +37,8 @@ seeds() { # DPO and RLVR with two more seeds each
         train dpo --from sft-run6 --run .pocket/pairs --name dpo-seed$seed --set dpo.seed=$seed
         train rlvr --from sft-run6 --name rlvr-seed$seed --set rlvr.seed=$seed
     done
-    play seeds --pocket-model=sft-run6,dpo-v1-beta05,$made/dpo-seed14,$made/dpo-seed24,rlvr-v1,$made/rlvr-seed14,$made/rlvr-seed24
+    # Many in flight: each model batches only its own.
+    play seeds --pocket-in-flight=96 --pocket-model=sft-run6,dpo-v1-beta05,$made/dpo-seed14,$made/dpo-seed24,rlvr-v1,$made/rlvr-seed14,$made/rlvr-seed24
 }
 beta() { # the strength of DPO's pull to the parent, with and without near-identical pairs
     pairs
