@@ -274,7 +274,7 @@ def packed(
         tuple(added[name] for name in sorted(set(tasks)) if name in added),
         {name: os.environ[name] for name in ENVIRONMENT if name in os.environ},
     )
-    own = [module for module in tuple(sys.modules.values()) if _is_own(module, directory)]
+    own = [module for name, module in tuple(sys.modules.items()) if _is_own(name, module, directory)]
     for module in own:
         register_pickle_by_value(module)
     try:
@@ -298,11 +298,11 @@ def _absolute(model: Model) -> Model:
     return replace(model, target=target, adapter=adapter)
 
 
-def _is_own(module: ModuleType, directory: Path) -> bool:
+def _is_own(name: str, module: ModuleType, directory: Path) -> bool:
     file = getattr(module, "__file__", None)
-    if not file or sys.modules.get(module.__name__) is not module:
+    if not file or name != module.__name__:  # a second name of a module
         return False
-    installed = "site-packages" in Path(file).parts or module.__name__.partition(".")[0] == "pytest_pocket"
+    installed = "site-packages" in Path(file).parts or name.partition(".")[0] == "pytest_pocket"
     return not installed and Path(file).is_relative_to(directory)
 
 

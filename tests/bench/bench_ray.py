@@ -81,6 +81,7 @@ def variants(few: int, many: int) -> dict[str, dict[str, float]]:
     found = {"serial": between("--pocket-in-flight=1"), "pool_8": between("--pocket-in-flight=8")}
     for name, cpus in {"ray_1_machine": (2,), "ray_2_machines": (1, 1)}.items():
         with machines(*cpus):
+            session(few, "--pocket-in-flight=8", "--pocket-executor=ray")  # the machines' own start
             found[name] = between("--pocket-in-flight=8", "--pocket-executor=ray")
     return found
 
