@@ -11,7 +11,7 @@ train() { .venv/bin/pocket train "$@"; }
 play() { # NAME, then options: a run on dev into reports/experiments/NAME
     name=$1
     shift
-    .venv/bin/pytest "$@" --pocket-split=dev --runs=4 --pocket-fail-under=0 -q --pocket-records="reports/experiments/$name" |
+    .venv/bin/pytest -p no:randomly "$@" --pocket-split=dev --runs=4 --pocket-fail-under=0 -q --pocket-records="reports/experiments/$name" |
         tail -n 30
 }
 
@@ -37,8 +37,7 @@ seeds() { # DPO and RLVR with two more seeds each
         train dpo --from sft-run6 --run .pocket/pairs --name dpo-seed$seed --set dpo.seed=$seed
         train rlvr --from sft-run6 --name rlvr-seed$seed --set rlvr.seed=$seed
     done
-    # Many in flight: each model batches only its own.
-    play seeds --pocket-in-flight=96 --pocket-model=sft-run6,dpo-v1-beta05,$made/dpo-seed14,$made/dpo-seed24,rlvr-v1,$made/rlvr-seed14,$made/rlvr-seed24
+    play seeds --pocket-model=sft-run6,dpo-v1-beta05,$made/dpo-seed14,$made/dpo-seed24,rlvr-v1,$made/rlvr-seed14,$made/rlvr-seed24
 }
 beta() { # the strength of DPO's pull to the parent, with and without near-identical pairs
     pairs
