@@ -347,8 +347,8 @@ def jumping_clock(bench: Bench, model: str, plain: dict[Cell, float]) -> Row:
 
 
 def failed(status: int) -> bool:
-    """A test was reported as failed."""
-    return status == 1
+    """A test was reported as failed; or xdist gave up, as it does when a worker dies before it can speak."""
+    return status in (1, 3)
 
 
 def ended_by(number: signal.Signals) -> Callable[[int], bool]:
