@@ -169,7 +169,7 @@ def test_a_run_killed_at_50_moments_loses_nothing(project: Project, workers: tup
             with subprocess.Popen(command, cwd=project.path, stdout=subprocess.DEVNULL) as run:
                 if not moment:  # on a busy machine no session might come to an episode in the time below
                     wait_for(lambda: episodes.is_file() and episodes.stat().st_size > 0, 60)
-                time.sleep(moments.uniform(0.3, 3.0))
+                time.sleep(moments.uniform(0.2, 2.0))
                 run.kill()
             if not (directory / records.RUN).exists():
                 continue
