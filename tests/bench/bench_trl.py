@@ -279,6 +279,11 @@ def ours_grpo(instances: int, steps: int) -> dict[str, float]:
     return {**table, "reward": round(sum(rewards) / len(rewards), 3)}
 
 
+def _ratio(table: dict[str, dict[str, float]], unit: str) -> float:
+    """Ours against TRL's."""
+    return round(table["ours"][unit] / table["trl"][unit], 2)
+
+
 def main() -> None:
     """Measure, print, and write by option."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
@@ -307,6 +312,10 @@ def main() -> None:
         "torch_threads": 1,
         "cpus": os.cpu_count(),
         "machine": platform.machine(),
+        "ratios": {
+            "sft_tokens_per_cpu_second": _ratio(sft, "tokens_per_cpu_second"),
+            "grpo_rollouts_per_second": _ratio(grpo, "rollouts_per_second"),
+        },
         "sft": {"steps": options.steps, "traces_a_step": TRACES_A_STEP, "tokens": tokens, **sft},
         "grpo": {"steps": options.rollout_steps, "rollouts": rollouts, **grpo},
     }
