@@ -129,7 +129,7 @@ class Caller:
         self.cancel()
         if self._loop.is_closed():
             return
-        closing = asyncio.run_coroutine_threadsafe(_settled(client), self._loop)
+        closing = asyncio.run_coroutine_threadsafe(_hang_up(client), self._loop)
         concurrent.futures.wait([closing], timeout=2.0)
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(timeout=2.0)
@@ -171,10 +171,18 @@ def in_time(seconds: float | None) -> float | None:
     return None if seconds is None else time.monotonic() + max(seconds - MARGIN, 0.8 * seconds)
 
 
-def check(characters: int, max_tokens: int, where: str) -> None:
+def check_length(characters: int, max_tokens: int, where: object) -> None:
     """Raise Garbled for a reply that is longer than any that so many tokens can make."""
     if characters > max_tokens * TOKEN_CHARACTERS:
         raise Garbled(f"{where} wrote {characters} characters where {max_tokens} tokens were allowed")
+
+
+def check_whole(ended: object, said: object, where: object) -> None:
+    """Raise Garbled for a reply that was cut off on its way, or in which there is nothing."""
+    if not ended:
+        raise Garbled(f"{where} ended its reply in the middle")
+    if not said:
+        raise Garbled(f"{where} answered with nothing, not even a token that ends a reply")
 
 
 def waiting(tries: list[float]) -> dict[str, int | float]:
@@ -194,7 +202,7 @@ def _pause(state: tenacity.RetryCallState) -> float:
     return (min(asked, LONGEST_WAIT) if asked > 0 else 0.0) + jittered
 
 
-async def _settled(client: Callable[[], Awaitable[None]]) -> None:
+async def _hang_up(client: Callable[[], Awaitable[None]]) -> None:
     """Let cancelled tasks end, then close the client they used."""
     others = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
     await asyncio.gather(*others, return_exceptions=True)

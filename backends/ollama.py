@@ -23,7 +23,7 @@ import httpx
 import ollama
 
 from pytest_pocket.backends import wire
-from pytest_pocket.backends.caller import Caller, Garbled, Watch, check, in_time, waiting
+from pytest_pocket.backends.caller import Caller, Watch, check_length, check_whole, in_time, waiting
 from pytest_pocket.backends.openai import first_line
 from pytest_pocket.backends.probe import probe
 from pytest_pocket.backends.process import Process, free_port
@@ -240,14 +240,11 @@ class OllamaBackend:
         async with contextlib.aclosing(cast(AsyncGenerator[Any, None], stream)):
             async for part in stream:
                 heard.add(part)
-                check(heard.characters, sampling.max_tokens, str(self))
+                check_length(heard.characters, sampling.max_tokens, self)
                 if watch.last() and heard.anything:
                     heard.late = True
                     break
-        if not (heard.done or heard.late):
-            raise Garbled(f"{self} ended its reply in the middle")
-        if not (heard.anything or heard.completion_tokens):
-            raise Garbled(f"{self} answered with nothing, not even a token that ends a reply")
+        check_whole(heard.done or heard.late, heard.anything or heard.completion_tokens, self)
 
     def _reply(self, request: ChatRequest, heard: _Heard) -> ChatReply:
         said = wire.Said("".join(heard.content), "".join(heard.thinking), tuple(heard.calls))

@@ -22,7 +22,7 @@ import httpx
 import openai
 
 from pytest_pocket.backends import wire
-from pytest_pocket.backends.caller import Caller, Garbled, Watch, check, in_time, waiting
+from pytest_pocket.backends.caller import Caller, Garbled, Watch, check_length, check_whole, in_time, waiting
 from pytest_pocket.backends.completion import Answer, Choice
 from pytest_pocket.backends.probe import probe
 from pytest_pocket.backends.reference import Reference
@@ -245,7 +245,7 @@ class OpenAIBackend:
             async for chunk in stream:
                 answer.add(chunk)
                 for choice in answer.choices:
-                    check(choice.characters, fields["max_tokens"], str(self))
+                    check_length(choice.characters, fields["max_tokens"], self)
                 if watch.last() and answer.begun:
                     answer.late = True
                     break
@@ -256,11 +256,9 @@ class OpenAIBackend:
         if len(answer.choices) != count:
             raise Garbled(f"{self} answered with {len(answer.choices)} messages, not {count}")
         for choice in answer.choices:
-            if not (choice.finish or answer.late):
-                raise Garbled(f"{self} ended its reply in the middle")
-            if not (choice.characters or choice.ids or answer.completion_tokens):
-                raise Garbled(f"{self} answered with nothing, not even a token that ends a reply")
-            check(choice.characters, max_tokens, str(self))
+            said = choice.characters or choice.ids or answer.completion_tokens
+            check_whole(choice.finish or answer.late, said, self)
+            check_length(choice.characters, max_tokens, self)
 
     def _reply(
         self, request: ChatRequest, answer: Answer, index: int, max_tokens: int, tries: list[float]
