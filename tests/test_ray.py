@@ -281,7 +281,9 @@ def test_a_server_is_not_started_in_every_worker(
 
 
 def test_a_machine_with_other_code_is_unfit() -> None:
-    cluster = pytest.importorskip("pytest_pocket.cluster")
+    pytest.importorskip("ray")
+    from pytest_pocket import cluster
+
     kit = _packed(Model("oracle", "oracle"))
     with pytest.raises(
         cluster.Unfit, match="has another pytest-pocket: install the same one on every machine"
@@ -290,7 +292,9 @@ def test_a_machine_with_other_code_is_unfit() -> None:
 
 
 def test_a_machine_without_the_weights_says_which_and_where(tmp_path: Path) -> None:
-    cluster = pytest.importorskip("pytest_pocket.cluster")
+    pytest.importorskip("ray")
+    from pytest_pocket import cluster
+
     kit = _packed(Model("mine", "hf", str(tmp_path / "missing")))
     with pytest.raises(cluster.ModelError, match=rf"missing'.* \(on {os.uname().nodename}\)$"):
         cluster.ready(cluster.code_digest(), kit, "mine")
