@@ -14,12 +14,17 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 import pytest
 
+if TYPE_CHECKING:
+    from pytest_pocket.backends.process import Process
+
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = ROOT / "tests" / "engines"
+EXACT = ("-np", "8", "-c", "16384", "-ctk", "f32", "-ctv", "f32", "-fa", "off")
+"""llama.cpp as exact as transformers: a cache in float32, and attention that sums in the plain order."""
 
 
 def find(name: str, script: str) -> Path:
@@ -71,6 +76,23 @@ def llama_server_binary() -> Path:
 def vllm_command() -> Path:
     """The command ``vllm``, in an environment of its own."""
     return find("vllm/bin/vllm", "vllm.sh")
+
+
+def started_llama(program: Path, weights: Path, *options: str, seconds: float = 60) -> tuple[Process, str]:
+    """A llama.cpp server of a GGUF file, which is called as the file is, and its address."""
+    from pytest_pocket.backends.process import Process, free_port
+
+    address = f"http://127.0.0.1:{free_port()}"
+    command = [
+        str(program),
+        "-m",
+        str(weights),
+        "--alias",
+        weights.stem,
+        "--port",
+        address.rpartition(":")[2],
+    ]
+    return Process([*command, "--jinja", *options], f"{address}/health", seconds=seconds), address
 
 
 @contextmanager

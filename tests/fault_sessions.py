@@ -26,10 +26,10 @@ from pathlib import Path
 from typing import Any
 
 import fault_proxy
+from engine_fixtures import EXACT, started_llama
 
 from pytest_pocket import records
 from pytest_pocket.backends import gguf_file
-from pytest_pocket.backends.process import Process, free_port
 from pytest_pocket.registry import shipped
 
 MODEL = "rlvr-v1"
@@ -55,6 +55,8 @@ time.time = lambda: now() + 3600 * hours.choice([-30, -2, 0, 0, 5, 1000])
 """
 """A plugin with which the wall clock jumps by hours at each look."""
 
+SEED = 1
+"""Of which requests meet a fault, and which."""
 MIXED = "mixed"
 STREAMED = "mixed in a stream"
 Cell = tuple[str, str, int]
@@ -190,12 +192,9 @@ def llama(program: Path, folder: Path) -> Iterator[str]:
     """The shipped model in a server, as exact as transformers, so that a reply does not depend on what else runs."""
     weights = folder / f"{MODEL}.gguf"
     gguf_file.write(str(shipped() / MODEL), weights, dtype="float32")
-    port = free_port()
-    command = [str(program), "-m", str(weights), "--alias", MODEL, "--port", str(port), "--jinja", "-t", "1"]
-    command += ["-np", "8", "-c", "16384", "-ctk", "f32", "-ctv", "f32", "-fa", "off"]
-    process = Process(command, f"http://127.0.0.1:{port}/health", seconds=300)
+    process, address = started_llama(program, weights, "-t", "1", *EXACT, seconds=300)
     try:
-        yield f"http://127.0.0.1:{port}"
+        yield address
     finally:
         process.close()
 
@@ -210,26 +209,23 @@ def rewards(bench: Bench, model: str, run: str, **environment: str) -> dict[Cell
 
 
 def engine_fault(
-    bench: Bench, upstream: str, kinds: Sequence[str], plain: dict[Cell, float], share: float, seed: int = 1
+    bench: Bench,
+    upstream: str,
+    kinds: Sequence[str],
+    plain: dict[Cell, float],
+    share: float,
+    *,
+    streamed: bool = False,
 ) -> Row:
-    """A session behind the proxy."""
-    name = MIXED if len(kinds) > 1 else kinds[0]
+    """A session with a llama.cpp server behind the proxy; ``streamed``: with Ollama there."""
+    name = STREAMED if streamed else MIXED if len(kinds) > 1 else kinds[0]
     row, run = Row(name), f"run-{len(list(bench.folder.glob('run-*')))}"
-    with fault_proxy.faulty(upstream, kinds, share, seed) as proxy:
-        bench.configure(proxy.url)
-        session = bench.play("engine", run)
-        row.injected = sum(proxy.injected.values())
-    judge(row, bench.found(run), plain, session, bench.timeout)
-    return row
-
-
-def streamed_fault(
-    bench: Bench, host: str, kinds: Sequence[str], plain: dict[Cell, float], share: float, seed: int = 1
-) -> Row:
-    """A session with Ollama behind the proxy."""
-    row, run = Row(STREAMED), f"run-ollama-{seed}"
-    with fault_proxy.faulty(host, kinds, share, seed) as proxy:
-        session = bench.play(f"ollama:{MODEL}", run, OLLAMA_HOST=proxy.url)
+    with fault_proxy.faulty(upstream, kinds, share, SEED) as proxy:
+        if streamed:
+            session = bench.play(f"ollama:{MODEL}", run, OLLAMA_HOST=proxy.url)
+        else:
+            bench.configure(proxy.url)
+            session = bench.play("engine", run)
         row.injected = sum(proxy.injected.values())
     judge(row, bench.found(run), plain, session, bench.timeout)
     return row

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from engine_fixtures import SOURCES, start
+from engine_fixtures import SOURCES, start, started_llama
 from toy_project import wait_for
 
 pytest.importorskip("openai")
@@ -49,11 +49,8 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def llama(program: Path, weights: Path, *options: str) -> tuple[Process, str]:
     """A llama.cpp server of the shipped model, and its address."""
-    port = free_port()
-    command = [str(program), "-m", str(weights), "--alias", MODEL, "--port", str(port), "--jinja", "-t", "1"]
-    return Process(
-        [*command, *options], f"http://127.0.0.1:{port}/health", seconds=60
-    ), f"http://127.0.0.1:{port}/v1"
+    process, address = started_llama(program, weights, "-t", "1", *options)
+    return process, f"{address}/v1"
 
 
 def beside_the_oracle(folder: Path, model: str, *options: str, **environment: str) -> str:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from engine_fixtures import shown, start
+from engine_fixtures import EXACT, shown, start, started_llama
 from toy_project import wait_for
 
 pytest.importorskip("openai")
@@ -25,7 +25,6 @@ pytest.importorskip("gguf")
 
 from pytest_pocket import conformance, records
 from pytest_pocket.backends import gguf_file
-from pytest_pocket.backends.process import Process, free_port
 from pytest_pocket.backends.vllm import VLLMBackend
 from pytest_pocket.chat import ChatRequest, EngineError, Sampling
 from pytest_pocket.registry import Registry, shipped
@@ -71,12 +70,8 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def llama(llama_server_binary: Path, weights: Path) -> Iterator[str]:
     """The model in llama.cpp's server, as ``--pocket-model`` takes it."""
-    port = free_port()
-    command = [str(llama_server_binary), "-m", str(weights), "--alias", MODEL, "--port", str(port), "--jinja"]
-    # As exact as transformers: a cache in float32, and attention that sums in the plain order.
-    command += ["-np", "8", "-c", "16384", "-ctk", "f32", "-ctv", "f32", "-fa", "off"]
-    process = Process(command, f"http://127.0.0.1:{port}/health", seconds=60)
-    yield f"openai:{MODEL}@http://127.0.0.1:{port}/v1"
+    process, address = started_llama(llama_server_binary, weights, *EXACT)
+    yield f"openai:{MODEL}@{address}/v1"
     process.close()
 
 

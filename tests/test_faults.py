@@ -65,9 +65,8 @@ def test_a_stream_that_breaks_or_stalls_is_infra_and_never_a_limit(
         calm = Bench(tmp_path, cells, 120.0)
         plain = rewards(calm, f"ollama:{MODEL}", "run-plain", OLLAMA_HOST=host)
         bench = Bench(tmp_path, cells, SECONDS)
-        row = fault_sessions.streamed_fault(
-            bench, host, ["stall", "cut", "garbage", "drip", "hollow"], plain, share=0.3
-        )
+        kinds = ["stall", "cut", "garbage", "drip", "hollow"]
+        row = fault_sessions.engine_fault(bench, host, kinds, plain, share=0.3, streamed=True)
     assert row.broken == []
     assert row.injected > 0 < row.infra
 

@@ -56,7 +56,9 @@ def engines(options: argparse.Namespace, folder: Path) -> Iterator[dict[str, Cal
             given = ("--model", f"{MODEL}={folder / MODEL}.gguf")
             with engine_fixtures.started_double(program, *given) as (_, host):
                 without = rewards(calm, f"ollama:{MODEL}", "run-streamed", OLLAMA_HOST=host)
-                return fault_sessions.streamed_fault(bench, host, together, without, options.share)
+                return fault_sessions.engine_fault(
+                    bench, host, together, without, options.share, streamed=True
+                )
 
         yield {
             **{kind: partial(behind_a_proxy, kind) for kind in fault_proxy.FAULTS},
