@@ -17,7 +17,7 @@ import json
 import re
 import sys
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -52,29 +52,18 @@ def rendered(text: str) -> str:
 
 def benches(folder: Path) -> str:
     """The table of the benches that were run: what, how much, of how much was asked, by which command."""
-    rows = [
-        f"| {row['figure']} | {row['value']} | {row.get('goal', '')} | `{row['command']}` |"
-        for path in sorted(folder.glob("*.json"))
-        for row in _headline(folder, path)
-    ]
-    return "\n".join(["| figure | measured | asked | command |", "| --- | --: | --: | --- |", *rows, ""])
-
-
-def _headline(folder: Path, path: Path) -> Iterator[Mapping[str, str]]:
-    """The rows of one bench: those in its own file, else those that ``headlines.toml`` takes out of it."""
-    measured = json.loads(path.read_text())
-    if "headline" in measured:
-        yield from measured["headline"]
-        return
-    known = tomllib.loads((folder / "headlines.toml").read_text()).get(path.stem, {})
-    for row in known.get("rows", ()):
-        goal = _place(measured, row["goal"]) if "goal" in row else ""
-        yield {
-            "figure": row["figure"],
-            "value": row["of"].format(_place(measured, row["value"])),
-            "goal": goal if isinstance(goal, str) else row["of"].format(goal),
-            "command": known["command"],
-        }
+    known = tomllib.loads((folder / "headlines.toml").read_text())
+    lines = ["| figure | measured | asked | command |", "| --- | --: | --: | --- |"]
+    for name in sorted(known):
+        if not (path := folder / f"{name}.json").is_file():
+            continue
+        measured = json.loads(path.read_text())
+        for row in known[name]["rows"]:
+            value = row["of"].format(_place(measured, row["value"]))
+            goal = _place(measured, row["goal"]) if "goal" in row else ""
+            asked = goal if isinstance(goal, str) else row["of"].format(goal)
+            lines.append(f"| {row['figure']} | {value} | {asked} | `{known[name]['command']}` |")
+    return "\n".join([*lines, ""])
 
 
 def _place(measured: Mapping[str, Any], place: str) -> Any:
