@@ -33,8 +33,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pytest_pocket.backends.deadline import deadline
-from pytest_pocket.chat import Cancelled, ChatReply, ChatRequest, EngineError, Message, ToolCall
-from pytest_pocket.parsing import Parsed, parse
+from pytest_pocket.chat import Cancelled, ChatReply, ChatRequest, EngineError, Message, ToolCall, first_line
+from pytest_pocket.parsing import Parsed, leaves_thinking_open, parse
 from pytest_pocket.registry import ModelError
 from pytest_pocket.vetting import Refused, vet
 
@@ -258,7 +258,8 @@ class HFBackend:
             )
         self.supports_think = asked[True] != asked[False]
         self._thinking_open = {
-            think: _thinking_open(text.rpartition(_PROBE_USER.content)[2]) for think, text in asked.items()
+            think: leaves_thinking_open(text.rpartition(_PROBE_USER.content)[2])
+            for think, text in asked.items()
         }
 
 
@@ -674,7 +675,7 @@ def _engine_error(error: Exception) -> EngineError:
     text = str(error)
     if "out of memory" in text or "can't allocate memory" in text:
         return EngineError("the engine ran out of memory: reduce --pocket-in-flight")
-    return EngineError(f"the engine failed: {type(error).__name__}: {_first_line(error)}")
+    return EngineError(f"the engine failed: {type(error).__name__}: {first_line(error)}")
 
 
 def _not_a_number() -> EngineError:
@@ -691,10 +692,6 @@ def _parse_by_template(tokenizer: Any, prompt: str, text: str, tools: Sequence[M
         return Parsed(text, malformed=f"the call cannot be read: {error}")
     thinking = message.get("reasoning_content") or message.get("thinking") or message.get("reasoning") or ""
     return Parsed(str(message.get("content") or ""), thinking=str(thinking), calls=calls)
-
-
-def _thinking_open(ending: str) -> bool:
-    return ending.rfind("<think>") > ending.rfind("</think>")
 
 
 def base_of(path: str, adapter: str | None) -> tuple[str, str | None]:
@@ -773,7 +770,7 @@ def load_tokenizer(path: str) -> Any:
             path, local_files_only=Path(path).is_dir(), trust_remote_code=False
         )
     except Exception as error:
-        raise ModelError(f"cannot load the tokenizer of {path!r}: {_first_line(error)}") from error
+        raise ModelError(f"cannot load the tokenizer of {path!r}: {first_line(error)}") from error
 
 
 def render(
@@ -824,7 +821,7 @@ def load_model(path: str, adapter: str | None, device: str, dtype: str) -> Any:
             output_loading_info=True,
         )
     except Exception as error:
-        raise ModelError(f"cannot load model {path!r}: {_first_line(error)}") from error
+        raise ModelError(f"cannot load model {path!r}: {first_line(error)}") from error
     model, info = loaded
     missing = sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]]))
     if missing:
@@ -836,7 +833,7 @@ def load_model(path: str, adapter: str | None, device: str, dtype: str) -> Any:
     try:
         return model.to(device).eval()
     except (RuntimeError, AssertionError) as error:
-        raise ModelError(f"cannot put {path} on {device}: {_first_line(error)}") from error
+        raise ModelError(f"cannot put {path} on {device}: {first_line(error)}") from error
 
 
 def _add_adapter(model: Any, path: str, adapter: str) -> Any:
@@ -849,7 +846,7 @@ def _add_adapter(model: Any, path: str, adapter: str) -> Any:
             warnings.filterwarnings("error", message=".*missing adapter keys.*")
             adapted = PeftModel.from_pretrained(model, adapter, local_files_only=True)
     except Exception as error:
-        raise ModelError(f"adapter {adapter} does not fit {path}: {_first_line(error)}") from error
+        raise ModelError(f"adapter {adapter} does not fit {path}: {first_line(error)}") from error
     # Merging rounds the weights, which in half precision changes the model.
     return adapted.merge_and_unload() if model.dtype == torch.float32 else adapted
 
@@ -864,11 +861,6 @@ def _stop_ids(model: Any, tokenizer: Any) -> frozenset[int]:
     ids = {*(declared if isinstance(declared, list) else [declared]), tokenizer.eos_token_id}
     ids.add(tokenizer.added_tokens_encoder.get("<|im_end|>"))
     return frozenset(token for token in ids if token is not None)
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).splitlines()
-    return lines[0] if lines else type(error).__name__
 
 
 def _version() -> str:

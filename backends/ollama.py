@@ -24,7 +24,7 @@ import ollama
 
 from pytest_pocket.backends import wire
 from pytest_pocket.backends.caller import Caller, Watch, check_length, check_whole, in_time, waiting
-from pytest_pocket.backends.openai import first_line
+from pytest_pocket.backends.openai import one_line
 from pytest_pocket.backends.probe import probe
 from pytest_pocket.backends.process import Process, free_port
 from pytest_pocket.backends.reference import Reference
@@ -110,7 +110,7 @@ class OllamaBackend:
             end = in_time(request.seconds)
             self._caller.call(lambda: self._stream(request, heard, end), request.seconds or START_SECONDS)
         except ollama.ResponseError as error:
-            text = first_line(error.error)
+            text = one_line(error.error)
             evidence = {**self._sent(request), "error": text}
             if MALFORMED.search(text):
                 problem = "the call cannot be read: write it exactly as the tools are described"
@@ -161,7 +161,7 @@ class OllamaBackend:
             raise ModelError(str(error)) from None
         except (httpx.HTTPError, ValueError, KeyError) as error:
             raise ModelError(
-                f"what answers at {self.host} (for {self.name!r}) is no Ollama: set OLLAMA_HOST; {first_line(error)}"
+                f"what answers at {self.host} (for {self.name!r}) is no Ollama: set OLLAMA_HOST; {one_line(error)}"
             ) from None
         self._version = str(version)
         if _numbers(self._version) < OLDEST:
@@ -312,11 +312,11 @@ class OllamaBackend:
             case ollama.ResponseError(status_code=401 | 403):
                 return f"Ollama at {self.host} refuses the key: set OLLAMA_API_KEY"
             case ollama.ResponseError():
-                return f"{self} answered {error.status_code}: {first_line(error.error)}"
+                return f"{self} answered {error.status_code}: {one_line(error.error)}"
             case httpx.TransportError() | ConnectionError():
                 mend = "start it with `ollama serve`, or set OLLAMA_HOST"
                 return f"Ollama at {self.host} (for {self.name!r}) cannot be reached: {mend}"
-        return f"{self}: {type(error).__name__}: {first_line(error)}"
+        return f"{self}: {type(error).__name__}: {one_line(error)}"
 
 
 class _Heard:
@@ -358,7 +358,7 @@ def _settled(error: BaseException) -> bool:
     """Whether an error is the server's answer to what the model wrote."""
     if not isinstance(error, ollama.ResponseError):
         return False
-    text = first_line(error.error)
+    text = one_line(error.error)
     return any(each.search(text) for each in (MALFORMED, REPEATS, TOO_LONG))
 
 

@@ -386,7 +386,7 @@ class OpenAIBackend:
                 pass
             case openai.APIConnectionError() | httpx.TransportError():
                 return f"{self.server} {self.shown} (for {self.name!r}) cannot be reached: {self.mend}"
-        return f"{self}: {type(error).__name__}: {first_line(error)}"
+        return f"{self}: {type(error).__name__}: {one_line(error)}"
 
 
 def _settled(error: BaseException) -> bool:
@@ -398,10 +398,10 @@ def _message(error: openai.APIStatusError) -> str:
     body = error.body
     while isinstance(body, dict):
         body = body.get("error", body.get("message", body.get("detail", "")))
-    return first_line(str(body or error.message))
+    return one_line(str(body or error.message))
 
 
-def first_line(error: object) -> str:
+def one_line(error: object) -> str:
     """What is said of an error, on one line of bounded length."""
     return " ".join(str(error).split())[:500]
 

@@ -22,7 +22,7 @@ from typing import Any
 import httpx
 import openai
 
-from pytest_pocket.backends.openai import OpenAIBackend, first_line
+from pytest_pocket.backends.openai import OpenAIBackend, one_line
 from pytest_pocket.backends.process import Process, free_port
 from pytest_pocket.chat import ChatReply, ChatRequest
 from pytest_pocket.registry import Model, ModelError
@@ -200,7 +200,7 @@ def _fetched(name: str, file: str) -> str:
     try:
         return str(hf_hub_download(name, file))
     except HfHubHTTPError as error:
-        raise OSError(first_line(error)) from None
+        raise OSError(one_line(error)) from None
 
 
 def _rank(adapters: Sequence[str]) -> int:
@@ -211,7 +211,7 @@ def _rank(adapters: Sequence[str]) -> int:
             config: Mapping[str, Any] = json.loads((Path(adapter) / "adapter_config.json").read_text())
             ranks.append(int(config["r"]))
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ModelError(f"no LoRA adapter in {adapter!r}: {first_line(error)}") from None
+            raise ModelError(f"no LoRA adapter in {adapter!r}: {one_line(error)}") from None
     return next((rank for rank in RANKS if rank >= max(ranks)), RANKS[-1])
 
 
@@ -219,4 +219,4 @@ def _load_adapter(base_url: str, name: str, adapter: str) -> None:
     given = {"lora_name": name, "lora_path": str(Path(adapter).resolve())}
     answer = httpx.post(f"{base_url}/load_lora_adapter", json=given, timeout=120, trust_env=False)
     if not answer.is_success:
-        raise ModelError(f"vLLM does not load adapter {name!r} from {adapter}: {first_line(answer.text)}")
+        raise ModelError(f"vLLM does not load adapter {name!r} from {adapter}: {one_line(answer.text)}")

@@ -108,6 +108,11 @@ class EngineError(Exception):
     """The engine failed, not the model: the episode is invalid (``infra``), never scored 0."""
 
 
+def first_line(error: BaseException) -> str:
+    """What an error says, on one line; its name where it says nothing."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
 class Cancelled(Exception):
     """The session is ending: the request was abandoned, and nothing is to be recorded."""
 

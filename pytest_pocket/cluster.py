@@ -30,7 +30,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pytest_pocket import task_list
 from pytest_pocket.attempt import Attempt, Cell
-from pytest_pocket.chat import Cancelled, ChatReply, ChatRequest, EngineError
+from pytest_pocket.chat import Cancelled, ChatReply, ChatRequest, EngineError, first_line
 from pytest_pocket.episode import Episode
 from pytest_pocket.options import OptionError, Options
 from pytest_pocket.registry import MANIFEST, Factory, Model, ModelError, Registry, shipped
@@ -103,7 +103,7 @@ class Cluster:
             try:
                 ray.init(log_to_driver=False, logging_level=logging.ERROR, include_dashboard=False)
             except Exception as error:
-                raise OptionError(f"--pocket-executor ray: no cluster: {_line(error)}") from None
+                raise OptionError(f"--pocket-executor ray: no cluster: {first_line(error)}") from None
             # Whatever log_to_driver says, Ray prints pages about a lost machine into the session's output.
             worker.print_to_stdstream = lambda *_, **__: None
         self._ready = ray.remote(num_cpus=0, max_retries=RETRIES)(ready)
@@ -129,9 +129,9 @@ class Cluster:
         except RayTaskError as error:
             if isinstance(error.cause, ModelError):
                 raise error.cause from None
-            raise OptionError(f"--pocket-executor ray: {_line(error.cause)}") from None
+            raise OptionError(f"--pocket-executor ray: {first_line(error.cause)}") from None
         except RayError as error:
-            raise OptionError(f"--pocket-executor ray: {_line(error)}") from None
+            raise OptionError(f"--pocket-executor ray: {first_line(error)}") from None
         return found[0]
 
     def attempt(self, cell: Cell) -> Attempt:
@@ -176,7 +176,7 @@ class Cluster:
         messages = cell.condition.messages(instance.prompt)
         episode = Episode(
             instance, cell.condition, tuple(messages), (), "infra", "infra", None, "", {}, 0.0,
-            f"{type(error).__name__}: {_line(error)}",
+            f"{type(error).__name__}: {first_line(error)}",
         )  # fmt: skip
         return Attempt(cell, (episode,) * cell.condition.best_of, 0)
 
@@ -214,7 +214,8 @@ def _session(code: str, kit: bytes) -> Session:
         told: Kit = cloudpickle.loads(kit)
     except Exception as error:
         raise Unfit(
-            f"{here} lacks what this session's own tasks or backends need: {_line(error)}; install it on every machine"
+            f"{here} lacks what this session's own tasks or backends need: {first_line(error)}; "
+            "install it on every machine"
         ) from None
     os.environ.update(told.environment)
     try:
@@ -281,7 +282,7 @@ def packed(
         return bytes(cloudpickle.dumps(kit))
     except Exception as error:
         raise OptionError(
-            f"--pocket-executor ray: a task or backend of this session cannot travel: {_line(error)}; "
+            f"--pocket-executor ray: a task or backend of this session cannot travel: {first_line(error)}; "
             "install it on every machine, as a package"
         ) from None
     finally:
@@ -304,7 +305,3 @@ def _is_own(name: str, module: ModuleType, directory: Path) -> bool:
         return False
     installed = "site-packages" in Path(file).parts or name.partition(".")[0] == "pytest_pocket"
     return not installed and Path(file).is_relative_to(directory)
-
-
-def _line(error: BaseException) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from pytest_pocket.chat import first_line
 from pytest_pocket.registry import extra
 
 if TYPE_CHECKING:
@@ -143,18 +144,13 @@ def _explained(address: str, name: str) -> Iterator[None]:
         yield
     except (httpx.TransportError, ConnectionError) as error:
         raise OllamaError(
-            f"no Ollama at {address} ({_first_line(error)}): start it with `ollama serve`, or give --host"
+            f"no Ollama at {address} ({first_line(error)}): start it with `ollama serve`, or give --host"
         ) from error
     except ollama.ResponseError as error:
-        raise OllamaError(f"Ollama at {address} refused {name!r}: {_first_line(error)}") from error
+        raise OllamaError(f"Ollama at {address} refused {name!r}: {first_line(error)}") from error
     except (httpx.HTTPStatusError, ValueError, LookupError, TypeError) as error:
         raise OllamaError(f"what answers at {address} is no Ollama: give its address with --host") from error
 
 
 def _named(tag: str, model: Model) -> str:
     return tag or model.slug
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).splitlines()
-    return lines[0] if lines else type(error).__name__

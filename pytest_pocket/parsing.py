@@ -70,6 +70,11 @@ def parse(text: str, *, thinking_open: bool, schemas: Sequence[Mapping[str, Any]
     return Parsed(content.strip("\n"), thinking=thinking.strip("\n"), calls=tuple(calls))
 
 
+def leaves_thinking_open(prompt: str) -> bool:
+    """Whether a prompt ends inside of the thinking, so that the reply begins there."""
+    return prompt.rfind("<think>") > prompt.rfind("</think>")
+
+
 def _split_thinking(text: str, inside: bool) -> tuple[str, str, bool]:
     """(thinking, the rest, whether the thinking was closed).
 

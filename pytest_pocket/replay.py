@@ -15,7 +15,7 @@ from typing import Any, Protocol
 from pytest_pocket import records
 from pytest_pocket.chat import ChatReply, ChatRequest, EngineError
 from pytest_pocket.episode import Budget, Episode, Workshop, play, prepared
-from pytest_pocket.parsing import parse
+from pytest_pocket.parsing import leaves_thinking_open, parse
 from pytest_pocket.sandbox import FileState
 from pytest_pocket.task import NOT_DAMAGE, Task
 
@@ -131,8 +131,7 @@ class Script:
         right = self._reference.ids(recorded, neutral=True)
         if right != prompt:
             yield Finding("tokens", f"reply {self.said}: its prompt's ids spell another conversation")
-        opening = self._reference.decode(right)
-        opened = opening.rfind("<think>") > opening.rfind("</think>")
+        opened = leaves_thinking_open(self._reference.decode(right))
         text = self._reference.decode(written[:-1] if reply.finish == "stop" else written)
         read = parse(text, thinking_open=opened, schemas=request.tools)
         if (read.content, read.thinking, read.calls) != (reply.content, reply.thinking, reply.calls):
