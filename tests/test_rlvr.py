@@ -284,3 +284,14 @@ def test_two_updates_of_a_step_start_from_the_policy_that_sampled(model: Any) ->
     facts = rlvr.update(model, None, optimizers, found, replace(PLAN, updates=2), "s")
     assert facts["entropy"] == pytest.approx(expected, rel=1e-3)
     assert facts["clipped"] == 0
+
+
+def test_a_second_pass_over_a_step_is_clipped_against_the_policy_that_sampled(model: Any) -> None:
+    texts = [Rendered([5, 6, 7, 8], [0, 0, 1, 1]), Rendered([5, 6, 9, 4], [0, 0, 1, 1])]
+    found = [rlvr.Sample(text, advantage) for text, advantage in zip(texts, (0.5, -0.5), strict=True)]
+    plan = replace(PLAN, updates=1, epochs=20)
+    rates: list[float] = []
+    optimizers = rlvr.fit.optimizers_of(model, 0.0, 1e-2)
+    facts = rlvr.update(model, None, optimizers, found, plan, "s", lambda done: rates.append(done) or 1.0)  # type: ignore[func-returns-value]
+    assert rates == [number / 20 for number in range(20)]
+    assert facts["clipped"] > 0.2

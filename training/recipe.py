@@ -110,9 +110,9 @@ class RL:
     tasks is drawn by how often their groups had variance, the rest evenly, and a share ``left_out`` of them shows a
     kind that the traces do not (``kinds`` of :class:`Data`).  An episode may have ``turns`` replies of
     ``reply_tokens`` each, ``tokens`` in all; one that hits a limit has its reward (``overlong = "score"``) or is
-    left out (``"mask"``).  The rollouts of a step give ``updates`` optimizer steps, each of a part of them.  The
-    ratio of new to old probability is clipped to [1 - clip_low, 1 + clip_high]; ``kl`` weighs the divergence from
-    the parent, and 0 spares computing it.
+    left out (``"mask"``).  The rollouts of a step give ``updates`` optimizer steps, each of a part of them, ``epochs``
+    times over.  The ratio of new to old probability is clipped to [1 - clip_low, 1 + clip_high]; ``kl`` weighs the
+    divergence from the parent, and 0 spares computing it.
     """
 
     prompts: Mapping[str, float]
@@ -136,6 +136,7 @@ class RL:
     adam_lr: float
     seed: int
     left_out: float = 0.0
+    epochs: int = 1
 
 
 @dataclass(frozen=True)

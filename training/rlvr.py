@@ -15,7 +15,7 @@ import itertools
 import random
 import statistics
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -243,6 +243,11 @@ def policy_loss(new: Any, old: Any, advantages: Any, plan: RL) -> tuple[Any, Any
     return -surrogate, (ratio * advantages) > surrogate
 
 
+def rate(plan: RL, step: int, done: float) -> float:
+    """The factor on the learning rates when a share ``done`` of a step's updates is over."""
+    return fit.schedule((step + done) / plan.steps)
+
+
 def update(
     model: Any,
     reference: Any,
@@ -250,9 +255,9 @@ def update(
     found: Sequence[Sample],
     plan: RL,
     seed: str,
-    factor: float = 1.0,
+    factor: Callable[[float], float] = lambda done: 1.0,
 ) -> dict[str, float]:
-    """Learn from a step's samples, at ``factor`` times the learning rates.
+    """Learn from a step's samples, at ``factor`` times the learning rates when a share ``done`` of it is over.
 
     Raises TrainingError at a loss that is not a number, before it does harm.
     """
@@ -263,12 +268,13 @@ def update(
     parts = []
     for start in range(plan.updates):
         for part in world.share(packed(order[start :: plan.updates], plan.batch_tokens)):
-            # Before the first update the policy is the one that sampled: its parts are computed once, below.
+            # Before the first update the policy is the one that sampled: in one pass its parts are computed below.
             with torch.no_grad():
-                old = logprobs(model, part, plan.temperature)[0] if start else None
+                old = logprobs(model, part, plan.temperature)[0] if start or plan.epochs > 1 else None
                 known = logprobs(reference, part, plan.temperature)[0] if plan.kl else None
             parts.append((start, part, old, known))
-    for start in range(plan.updates):
+    starts = [*range(plan.updates)] * plan.epochs
+    for number, start in enumerate(starts):
         mine = [each for each in parts if each[0] == start]
         count = sum(sum(sample.text.targets) for sample in order[start :: plan.updates])
         for _, part, old, known in mine:
@@ -291,7 +297,7 @@ def update(
             loss.backward()
             sums["cut"] += int(cut.sum())
         if count:
-            fit.descend(model, optimizers, factor)
+            fit.descend(model, optimizers, factor(number / len(starts)))
     sums = {key: world.total(value) for key, value in sums.items()}
     tokens = max(1, sums["tokens"])
     return {"entropy": sums["entropy"] / tokens, "kl": sums["kl"] / tokens, "clipped": sums["cut"] / tokens}
@@ -329,8 +335,15 @@ def learn(
                 found, counts = samples(groups, plan)
                 learned = {}
                 if found:
-                    factor = fit.schedule(step / plan.steps)
-                    learned = update(model, reference, optimizers, found, plan, f"{plan.seed}:{step}", factor)
+                    learned = update(
+                        model,
+                        reference,
+                        optimizers,
+                        found,
+                        plan,
+                        f"{plan.seed}:{step}",
+                        functools.partial(rate, plan, step),
+                    )
                 step += 1
                 journal.done(step / plan.steps)
                 point = {"step": step, **told(groups), **counts, **learned}

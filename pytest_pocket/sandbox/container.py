@@ -9,10 +9,12 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import resource
 import secrets
 import select
 import shutil
 import subprocess
+import sys
 import tarfile
 import threading
 import time
@@ -31,6 +33,8 @@ from pytest_pocket.sandbox import (
 DEFAULT_IMAGE = "python:3.11"
 """Needs bash, git, python3 and tar.  The environment variable POCKET_SANDBOX_IMAGE names another."""
 START_SECONDS = 120.0
+PROCESSES = 16_384
+"""Of the user in all containers together; those of one are held by its own limit."""
 KILL_SECONDS = 10.0
 TIMED_OUT = 124
 TOO_MUCH_OUTPUT = 137
@@ -60,6 +64,11 @@ def start_command(engine: str, name: str, limits: Limits) -> list[str]:
         "--ulimit",
         "nofile=1024:1024",
     ]
+    if sys.platform == "linux":
+        # Unasked, Podman's root would raise it, which not every machine's root may.
+        hard = resource.getrlimit(resource.RLIMIT_NPROC)[1]
+        most = PROCESSES if hard == resource.RLIM_INFINITY else min(PROCESSES, hard)
+        words += ["--ulimit", f"nproc={most}:{most}"]
     words += ["--memory", str(limits.memory_bytes), "--memory-swap", str(limits.memory_bytes)]
     words += ["--tmpfs", f"/workspace:rw,exec,nosuid,nodev,size={size}"]
     words += ["--tmpfs", f"/tmp:rw,exec,nosuid,nodev,size={size}"]
