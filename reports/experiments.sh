@@ -19,8 +19,10 @@ pairs() { # what preferences are learned from: hot episodes of training instance
     [ -d .pocket/pairs ] || .venv/bin/pytest --pocket-model=sft-run6 --pocket-split=train --pocket-temperature=1.5 \
         --pocket-samples=4 --runs=10 --pocket-fail-under=0 -q --pocket-records=.pocket/pairs | tail -n 30
 }
-prompts() { # raw, full and verbose prompts on every stage
-    play prompts --pocket-model=base,sft-run6,dpo-v1-beta05,rlvr-v1 --pocket-prompt=raw,full,verbose
+prompts() { # raw, full and verbose prompts on every stage, and RLVR with two more seeds
+    for seed in 14 24; do train rlvr --from sft-run6 --name rlvr-seed$seed --set rlvr.seed=$seed; done
+    play prompts --pocket-model=base,sft-run6,dpo-v1-beta05,rlvr-v1,$made/rlvr-seed14,$made/rlvr-seed24 \
+        --pocket-prompt=raw,full,verbose
 }
 temperature() { # greedy against temperature
     play temperature --pocket-model=sft-run6,rlvr-v1 --pocket-prompt=raw --pocket-temperature=0,0.7,1
@@ -31,13 +33,19 @@ best_of() { # reward against tokens
 thinking() {
     play thinking --pocket-model=sft-run6,rlvr-v1 --pocket-think=off,on
 }
-seeds() { # DPO and RLVR with two more seeds each
+seeds() { # DPO with two more seeds, and RLVR with three on the prompts of the demonstrations alone
     pairs
     for seed in 14 24; do
         train dpo --from sft-run6 --run .pocket/pairs --name dpo-seed$seed --set dpo.seed=$seed
-        train rlvr --from sft-run6 --name rlvr-seed$seed --set rlvr.seed=$seed
     done
-    play seeds --pocket-model=sft-run6,dpo-v1-beta05,$made/dpo-seed14,$made/dpo-seed24,rlvr-v1,$made/rlvr-seed14,$made/rlvr-seed24
+    models=sft-run6,dpo-v1-beta05,$made/dpo-seed14,$made/dpo-seed24
+    for seed in 3 14 24; do
+        train rlvr --from sft-run6 --name rlvr-shown-seed$seed --set rlvr.seed=$seed --set rlvr.steps=30 \
+            --set 'rlvr.prompts={raw=0.5,full=0.5}' --set rlvr.instances=16 --set rlvr.revisit=0.5 \
+            --set rlvr.reply_tokens=192 --set rlvr.tokens=600 --set rlvr.updates=2 --set rlvr.epochs=1
+        models=$models,$made/rlvr-shown-seed$seed
+    done
+    play seeds --pocket-model=$models
 }
 beta() { # the strength of DPO's pull to the parent, with and without near-identical pairs
     pairs
