@@ -1,6 +1,6 @@
 #!/bin/sh
 # The experiments of docs/experiments.md: train what does not ship (into .pocket/checkpoints), then play it on dev.
-#   sh reports/experiments.sh PART...   of: prompts temperature best_of thinking seeds beta masks scarce
+#   sh reports/experiments.sh PART...   of: prompts temperature best_of thinking rlvr_seeds seeds beta masks scarce
 # `sh run.sh` first: it sets up .venv.
 set -eu
 cd "$(dirname "$0")/.."
@@ -11,18 +11,20 @@ train() { .venv/bin/pocket train "$@"; }
 play() { # NAME, then options: a run on dev into reports/experiments/NAME
     name=$1
     shift
-    .venv/bin/pytest -p no:randomly "$@" --pocket-split=dev --runs=4 --pocket-fail-under=0 -q --pocket-records="reports/experiments/$name" |
-        tail -n 30
+    .venv/bin/pytest -p no:randomly --pocket-split=dev --runs=4 --pocket-fail-under=0 -q --pocket-records="reports/experiments/$name" \
+        "$@" | tail -n 30
 }
 
 pairs() { # what preferences are learned from: hot episodes of training instances
     [ -d .pocket/pairs ] || .venv/bin/pytest --pocket-model=sft-run6 --pocket-split=train --pocket-temperature=1.5 \
         --pocket-samples=4 --runs=10 --pocket-fail-under=0 -q --pocket-records=.pocket/pairs | tail -n 30
 }
-prompts() { # raw, full and verbose prompts on every stage, and RLVR with two more seeds
+prompts() { # raw, full and verbose prompts on every stage
+    play prompts --pocket-model=base,sft-run6,dpo-v1-beta05,rlvr-v1 --pocket-prompt=raw,full,verbose
+}
+rlvr_seeds() { # RLVR with two more seeds
     for seed in 14 24; do train rlvr --from sft-run6 --name rlvr-seed$seed --set rlvr.seed=$seed; done
-    play prompts --pocket-model=base,sft-run6,dpo-v1-beta05,rlvr-v1,$made/rlvr-seed14,$made/rlvr-seed24 \
-        --pocket-prompt=raw,full,verbose
+    play rlvr-seeds --pocket-model=sft-run6,rlvr-v1,$made/rlvr-seed14,$made/rlvr-seed24 --pocket-prompt=verbose --runs=12
 }
 temperature() { # greedy against temperature
     play temperature --pocket-model=sft-run6,rlvr-v1 --pocket-prompt=raw --pocket-temperature=0,0.7,1
