@@ -6,5 +6,5 @@ set -eu
 ! podman image exists localhost/pocket-tools || exit 0
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
-debootstrap --variant=minbase --include=git,python3 stable "$work/root" >"$work/log" 2>&1 || { tail "$work/log"; exit 1; }
+debootstrap --variant=minbase --include=git,python3 bookworm "$work/root" >"$work/log" 2>&1 || { tail "$work/log"; exit 1; }
 tar -C "$work/root" -c . | podman import -q - localhost/pocket-tools
