@@ -1,6 +1,6 @@
 #!/bin/sh
 # The experiments of docs/experiments.md: train what does not ship (into .pocket/checkpoints), then play it on dev.
-#   sh reports/experiments.sh PART...   of: prompts temperature best_of thinking rlvr_seeds seeds beta masks scarce
+#   sh reports/experiments.sh PART...   of: prompts temperature best_of thinking rlvr_seeds seeds beta masks scarce hour
 # `sh run.sh` first: it sets up .venv.
 set -eu
 cd "$(dirname "$0")/.."
@@ -80,6 +80,27 @@ scarce() { # RLVR from a parent whose few demonstrations leave out a fifth of th
         models=$models,$made/rlvr-scarce-seed$seed
     done
     play scarce --pocket-model=$models
+}
+hour() { # the whole family from nothing, within an hour on two cores: half the traces and half of SFT's tokens
+    start=$(date +%s)
+    said() { echo "$(($(date +%s) - start)) s: $1"; }
+    of=.pocket/hour
+    traces=$of/traces.jsonl
+    train data --recipe tiny --set data.episodes_per_task=1000 --out $traces && said data
+    train pretrain --recipe tiny --traces $traces --out $of && said base
+    train sft --recipe tiny --set sft.tokens=9_000_000 --traces $traces --from $of/base --name sft-run6 --out $of && said sft-run6
+    {
+        .venv/bin/pytest --pocket-model=$of/sft-run6 --pocket-split=train --pocket-temperature=1.5 \
+            --pocket-samples=4 --runs=10 --pocket-fail-under=0 -q --pocket-records=$of/pairs | tail -n 30
+        train dpo --threads 1 --recipe tiny --from $of/sft-run6 --run $of/pairs --name dpo-v1-beta05 --out $of && said dpo-v1-beta05
+        train rlvr --threads 1 --recipe tiny --from $of/dpo-v1-beta05 --name rlvr-v2-from-dpo --out $of && said rlvr-v2-from-dpo
+    } &
+    train rlvr --threads 1 --recipe tiny --from $of/sft-run6 --name rlvr-v1 --out $of && said rlvr-v1
+    train rlvr --threads 1 --recipe tiny --from $of/rlvr-v1 --name rlvr-v2-from-v1-epoch1 --out $of && said rlvr-v2-from-v1-epoch1
+    wait
+    said "all six"
+    play hour "--pocket-model=$of/base,$of/sft-run6,$of/dpo-v1-beta05,$of/rlvr-v1,$of/rlvr-v2-from-dpo,$of/rlvr-v2-from-v1-epoch1" \
+        --pocket-prompt=raw,full,verbose
 }
 
 for part; do $part; done
