@@ -20,7 +20,8 @@ pairs() { # what preferences are learned from: hot episodes of training instance
         --pocket-samples=4 --runs=10 --pocket-fail-under=0 -q --pocket-records=.pocket/pairs | tail -n 30
 }
 prompts() { # raw, full and verbose prompts on every stage
-    play prompts --pocket-model=base,sft-run6,dpo-v1-beta05,rlvr-v1 --pocket-prompt=raw,full,verbose
+    play prompts --pocket-model=base,sft-run6,dpo-v1-beta05,rlvr-v1,rlvr-v2-from-dpo,rlvr-v2-from-v1-epoch1 \
+        --pocket-prompt=raw,full,verbose
 }
 rlvr_seeds() { # RLVR with two more seeds
     for seed in 14 24; do train rlvr --from sft-run6 --name rlvr-seed$seed --set rlvr.seed=$seed; done
@@ -30,7 +31,7 @@ temperature() { # greedy against temperature
     play temperature --pocket-model=sft-run6,rlvr-v1 --pocket-prompt=raw --pocket-temperature=0,0.7,1
 }
 best_of() { # reward against tokens
-    play best-of --pocket-model=rlvr-v1 --pocket-prompt=raw --pocket-temperature=0.7 --pocket-best-of=1,2,4,8
+    play best-of --pocket-model=rlvr-v1 --pocket-prompt=raw,verbose --pocket-temperature=0.7 --pocket-best-of=1,2,4,8
 }
 thinking() {
     play thinking --pocket-model=sft-run6,rlvr-v1 --pocket-think=off,on
