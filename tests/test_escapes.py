@@ -208,7 +208,7 @@ PROC = [
     shell("search all command lines", "cat /proc/*/cmdline | tr '\\0' ' '"),
     shell("overwrite a program of the system", "echo x >/proc/self/exe && @won; echo x >>/usr/bin/env && @won"),
     shell("PCI and ACPI", "head -c1 /proc/bus/pci/devices /sys/bus/pci/devices/*/config /sys/firmware/acpi/tables/* && @won"),
-    shell("the file system of the kernel", "ls /sys/kernel/ && @won; ls /sys/fs/cgroup/ && @won"),
+    shell("the file system of the kernel", "ls /sys/kernel/ | grep . && @won; ls /sys/fs/cgroup/ | grep . && @won"),
 ]  # fmt: skip
 DEVICES = [
     *(
@@ -237,7 +237,7 @@ PRIVILEGES = [
     python("ambient capabilities", "sys.exit(c.prctl(47, 2, 21, 0, 0) or won())"),
     python("new privileges again", "sys.exit(c.prctl(38, 0, 0, 0, 0) or won())"),
     python("seccomp off", "sys.exit(c.prctl(22, 0, 0, 0, 0) or won())"),
-    python("raise its limits", "for n in (resource.RLIMIT_AS, resource.RLIMIT_NPROC, resource.RLIMIT_CPU, resource.RLIMIT_FSIZE):\n  try: resource.setrlimit(n, (-1, -1)); won(n)\n  except (ValueError, OSError): pass"),
+    python("raise its limits", "for n in (resource.RLIMIT_AS, resource.RLIMIT_NPROC, resource.RLIMIT_CPU, resource.RLIMIT_FSIZE):\n  held = resource.getrlimit(n) != (-1, -1)\n  try: resource.setrlimit(n, (-1, -1)); won(n) if held else None\n  except (ValueError, OSError): pass"),
     python("priority above others", "os.nice(-5); won()"),
     python("real-time scheduling", "os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(1)); won()"),
     python("lock memory", "sys.exit(c.mlockall(3) or won())"),

@@ -2,6 +2,9 @@
 
 Slower to start than bubblewrap, but it works on macOS and Windows, and its memory limit covers the whole
 sandbox.  Calls go through ``exec``; the final files through a tar stream, which is read, never extracted.
+
+Process 1 is the container's root, with no capability but to kill; calls have another user, and so cannot trace it,
+limit it, or make it the first to go when memory ends.
 """
 
 from __future__ import annotations
@@ -16,9 +19,11 @@ import shutil
 import subprocess
 import sys
 import tarfile
+import tempfile
 import threading
 import time
 from collections.abc import Mapping
+from pathlib import Path
 
 from pytest_pocket.sandbox import (
     ENVIRONMENT,
@@ -27,11 +32,16 @@ from pytest_pocket.sandbox import (
     Limits,
     SandboxError,
     SandboxUnavailable,
+    seccomp,
     tree,
 )
 
+USER = "1000:1000"
+"""Whose the calls are."""
 DEFAULT_IMAGE = "python:3.11"
 """Needs bash, git, python3 and tar.  The environment variable POCKET_SANDBOX_IMAGE names another."""
+EMPTY = ("/sys", "/sys/fs/cgroup", "/dev/pts", "/dev/mqueue")
+"""What would tell about the machine, and where terminals and queues are made."""
 START_SECONDS = 120.0
 PROCESSES = 16_384
 """Of the user in all containers together; those of one are held by its own limit."""
@@ -42,6 +52,8 @@ TOO_MUCH_OUTPUT = 137
 INIT = "trap 'kill -9 -1 2>/dev/null' USR1; while :; do sleep 1000 & wait $!; done"
 # Spares process 1, and the shell that does this.
 KILL_OTHERS = "kill -9 -1 2>/dev/null; :"
+# When memory ends, calls go before process 1.
+CALL = 'echo 1000 >/proc/self/oom_score_adj; exec bash -c "$0" bash'
 
 
 def image() -> str:
@@ -49,11 +61,16 @@ def image() -> str:
     return os.environ.get("POCKET_SANDBOX_IMAGE") or DEFAULT_IMAGE
 
 
-def start_command(engine: str, name: str, limits: Limits) -> list[str]:
-    """The command line that starts a container which waits for calls."""
+def start_command(engine: str, name: str, limits: Limits, profile: str) -> list[str]:
+    """The command line that starts a container which waits for calls; ``profile`` is its seccomp profile's file."""
     size = f"{limits.workspace_bytes},mode=1777"
     words = [engine, "run", "--detach", "--rm", "--name", name, "--network", "none", "--read-only"]
-    words += ["--user", "1000:1000", "--cap-drop", "ALL", "--security-opt", "no-new-privileges"]
+    words += ["--user", "0:0", "--cap-drop", "ALL", "--cap-add", "KILL"]
+    words += ["--security-opt", "no-new-privileges", "--security-opt", f"seccomp={profile}"]
+    # Without /dev/shm, and without what Podman makes writable beside our two: they would not count.
+    words += ["--ipc", "none", *(["--read-only-tmpfs=false"] if engine == "podman" else [])]
+    for folder in EMPTY:
+        words += ["--tmpfs", f"{folder}:ro,size=4096,mode=0555"]
     words += [
         "--pids-limit",
         str(limits.processes),
@@ -136,11 +153,14 @@ class ContainerSandbox:
         self._engine = engine
         self._name = f"pocket-{secrets.token_hex(8)}"
         self._closed = threading.Event()
-        self._removed = False
         self._busy = threading.RLock()
         archive = packed(files)
-        self._control(start_command(engine, self._name, limits), START_SECONDS)
+        # The engine runs in a folder of its own, because Podman's monitor leaves files where it was started.
+        self._folder = tempfile.TemporaryDirectory(prefix="pocket-", ignore_cleanup_errors=True)
         try:
+            profile = Path(self._folder.name, "seccomp.json")
+            profile.write_text(seccomp.profile())
+            self._control(start_command(engine, self._name, limits, str(profile)), START_SECONDS)
             if (
                 files
                 and (
@@ -154,9 +174,18 @@ class ContainerSandbox:
             self.close()
             raise
 
+    def _exec(self, *options: str) -> list[str]:
+        return [self._engine, "exec", "--user", USER, *options, self._name]
+
     def _control(self, command: list[str], seconds: float) -> None:
         try:
-            done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, timeout=seconds)
+            done = subprocess.run(
+                command,
+                stdin=subprocess.DEVNULL,
+                capture_output=True,
+                timeout=seconds,
+                cwd=self._folder.name,
+            )
         except (OSError, subprocess.TimeoutExpired) as error:
             raise SandboxError(f"{self._engine} does not answer: {error}") from error
         if done.returncode:
@@ -178,9 +207,13 @@ class ContainerSandbox:
         """One ``exec``, and afterwards the end of whatever it left."""
         if self._closed.is_set():
             raise SandboxError("the sandbox is closed")
-        command = [self._engine, "exec", "--interactive", self._name, "bash", "-c", script, "bash"]
         process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, bufsize=0
+            [*self._exec("--interactive"), "bash", "-c", CALL, script],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            bufsize=0,
+            cwd=self._folder.name,
         )
         feeder = threading.Thread(target=_feed, args=(process, stdin), daemon=True)
         feeder.start()
@@ -205,9 +238,7 @@ class ContainerSandbox:
     def _kill_others(self) -> None:
         for attempt in range(5):
             try:
-                return self._control(
-                    [self._engine, "exec", self._name, "bash", "-c", KILL_OTHERS], KILL_SECONDS
-                )
+                return self._control([*self._exec(), "bash", "-c", KILL_OTHERS], KILL_SECONDS)
             except SandboxError:
                 if attempt == 4 or self._closed.is_set():
                     raise
@@ -250,10 +281,10 @@ class ContainerSandbox:
         """Remove the container."""
         self._closed.set()
         with self._busy:
-            if not self._removed:
-                self._removed = True
+            if os.path.exists(self._folder.name):
                 with contextlib.suppress(SandboxError):
                     self._control([self._engine, "rm", "--force", "--time", "0", self._name], START_SECONDS)
+                self._folder.cleanup()
 
 
 def _feed(process: subprocess.Popen[bytes], data: bytes) -> None:
