@@ -52,6 +52,15 @@ TOO_MUCH_OUTPUT = 137
 INIT = "trap 'kill -9 -1 2>/dev/null' USR1; while :; do sleep 1000 & wait $!; done"
 # Spares process 1, and the shell that does this.
 KILL_OTHERS = "kill -9 -1 2>/dev/null; :"
+# Files take memory even when nothing is in them.  More than a snapshot shows are no use to anybody.
+EMPTY_FOLDERS = f"""n=0
+for folder in /workspace /tmp; do set -- $(stat -f -c '%c %d' $folder); n=$((n + $1 - $2)); done
+exec 2>/dev/null
+[ $n -lt {2 * tree.MAX_ENTRIES} ] || chmod -R u+rwx /workspace /tmp
+[ $n -lt {2 * tree.MAX_ENTRIES} ] || find /workspace /tmp -mindepth 1 -delete
+:"""
+SPARE = 32 * 2**20
+"""Bytes of memory more for a container that has none left to end a call with."""
 # When memory ends, calls go before process 1.
 CALL = 'echo 1000 >/proc/self/oom_score_adj; exec bash -c "$0" bash'
 
@@ -86,13 +95,17 @@ def start_command(engine: str, name: str, limits: Limits, profile: str) -> list[
         hard = resource.getrlimit(resource.RLIMIT_NPROC)[1]
         most = PROCESSES if hard == resource.RLIM_INFINITY else min(PROCESSES, hard)
         words += ["--ulimit", f"nproc={most}:{most}"]
-    words += ["--memory", str(limits.memory_bytes), "--memory-swap", str(limits.memory_bytes)]
+    words += _memory(limits.memory_bytes)
     words += ["--tmpfs", f"/workspace:rw,exec,nosuid,nodev,size={size}"]
     words += ["--tmpfs", f"/tmp:rw,exec,nosuid,nodev,size={size}"]
     words += ["--workdir", "/workspace", "--entrypoint", "bash"]
     for key, value in {"HOME": "/workspace", **ENVIRONMENT}.items():
         words += ["--env", f"{key}={value}"]
     return [*words, image(), "-c", INIT]
+
+
+def _memory(size: int) -> list[str]:
+    return ["--memory", str(size), "--memory-swap", str(size)]
 
 
 def packed(files: Mapping[str, str]) -> bytes:
@@ -236,14 +249,26 @@ class ContainerSandbox:
         return CommandResult(status, output[:output_bytes], timed_out, cut)
 
     def _kill_others(self) -> None:
-        for attempt in range(5):
+        with contextlib.suppress(SandboxError):
+            return self._inside(KILL_OTHERS)
+        # No room for another process, or no memory: then process 1 itself would be the next to go.
+        self._control(
+            [self._engine, "update", *_memory(self.limits.memory_bytes + SPARE), self._name], KILL_SECONDS
+        )
+        for attempt in range(4):
+            if self._closed.is_set():
+                raise SandboxError("the sandbox is closed")
+            self._control([self._engine, "kill", "--signal", "USR1", self._name], KILL_SECONDS)
             try:
-                return self._control([*self._exec(), "bash", "-c", KILL_OTHERS], KILL_SECONDS)
+                self._inside(f"{KILL_OTHERS}; {EMPTY_FOLDERS}", START_SECONDS)
+                break
             except SandboxError:
-                if attempt == 4 or self._closed.is_set():
+                if attempt == 3:
                     raise
-                self._control([self._engine, "kill", "--signal", "USR1", self._name], KILL_SECONDS)
         return None
+
+    def _inside(self, script: str, seconds: float = KILL_SECONDS) -> None:
+        self._control([*self._exec(), "bash", "-c", script], seconds)
 
     def _collect(
         self, process: subprocess.Popen[bytes], seconds: float, max_bytes: int
@@ -273,7 +298,8 @@ class ContainerSandbox:
         with self._busy:
             room = 2 * self.limits.workspace_bytes + tree.MAX_ENTRIES * 4096
             made = self._call("exec tar -cf - . 2>/dev/null", b"", START_SECONDS, room)
-            if made.cut or made.timed_out:
+            # Ended by a signal: what is there leaves no memory for tar.
+            if made.cut or made.timed_out or made.status > 128:
                 return {tree.CUT: tree.OTHER}
             return unpacked(made.output, self.limits.workspace_bytes)
 
