@@ -441,7 +441,7 @@ class Host:
             path.write_text(self.secret if name == "secret" else "untouched")
             path.chmod(0o666)
         os.environ[self.mark] = self.secret
-        self.process = subprocess.Popen(["sleep", "1000"], env={"SECRET": self.secret})
+        self.process = subprocess.Popen(["sleep", "infinity"], env={"SECRET": self.secret})
         self.tcp = socket.create_server(("0.0.0.0", 0))
         self.udp = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
         self.udp.bind(("0.0.0.0", self.tcp.getsockname()[1]))

@@ -62,7 +62,7 @@ exec 2>/dev/null
 SPARE = 32 * 2**20
 """Bytes of memory more for a container that has none left to end a call with."""
 # When memory ends, calls go before process 1.
-CALL = 'echo 1000 >/proc/self/oom_score_adj; exec bash -c "$0" bash'
+CALL = 'echo 1000 2>/dev/null >/proc/self/oom_score_adj; exec bash -c "$0" bash'
 
 
 def image() -> str:
@@ -252,9 +252,9 @@ class ContainerSandbox:
         with contextlib.suppress(SandboxError):
             return self._inside(KILL_OTHERS)
         # No room for another process, or no memory: then process 1 itself would be the next to go.
-        self._control(
-            [self._engine, "update", *_memory(self.limits.memory_bytes + SPARE), self._name], KILL_SECONDS
-        )
+        more = [self._engine, "update", *_memory(self.limits.memory_bytes + SPARE), self._name]
+        with contextlib.suppress(SandboxError):
+            self._control(more, KILL_SECONDS)
         for attempt in range(4):
             if self._closed.is_set():
                 raise SandboxError("the sandbox is closed")

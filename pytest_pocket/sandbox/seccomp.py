@@ -83,50 +83,14 @@ OWN = {"x86_64": (142, 144, 203, 302, 314), "aarch64": (118, 119, 122, 261, 274)
 """Their numbers: allowed for process 0, which is the caller."""
 FAMILIES = (1, 2, 10)
 """``AF_UNIX``, ``AF_INET`` and ``AF_INET6``."""
-ENGINES_REFUSED = (
-    *("acct", "clock_adjtime", "clock_settime", "settimeofday", "stime", "reboot", "quotactl", "quotactl_fd"),
-    *(
-        "create_module",
-        "init_module",
-        "finit_module",
-        "delete_module",
-        "kexec_load",
-        "kexec_file_load",
-        "nfsservctl",
-    ),
-    *(
-        "chroot",
-        "pivot_root",
-        "umount",
-        "umount2",
-        "swapon",
-        "swapoff",
-        "sysfs",
-        "ustat",
-        "uselib",
-        "open_by_handle_at",
-    ),
-    *(
-        "fsopen",
-        "fsconfig",
-        "fsmount",
-        "fspick",
-        "open_tree",
-        "move_mount",
-        "mount_setattr",
-        "lookup_dcookie",
-    ),
-    *(
-        "kcmp",
-        "pidfd_getfd",
-        "process_madvise",
-        "get_mempolicy",
-        "set_mempolicy",
-        "mbind",
-        "move_pages",
-        "migrate_pages",
-    ),
-    *("ioperm", "iopl", "vm86", "vm86old", "vhangup", "io_uring_enter", "io_uring_register"),
+ENGINES_REFUSED = tuple(
+    """
+    acct clock_adjtime clock_settime settimeofday stime reboot quotactl quotactl_fd create_module init_module
+    finit_module delete_module kexec_load kexec_file_load nfsservctl chroot pivot_root umount umount2 swapon swapoff
+    sysfs ustat uselib open_by_handle_at fsopen fsconfig fsmount fspick open_tree move_mount mount_setattr
+    lookup_dcookie kcmp pidfd_getfd process_madvise get_mempolicy set_mempolicy mbind move_pages migrate_pages ioperm
+    iopl vm86 vm86old vhangup io_uring_enter io_uring_register
+    """.split()
 )
 """What the engines' own profiles refuse to a container without capabilities, and one of ours must go on refusing."""
 NAMESPACES = 0x7E020000
