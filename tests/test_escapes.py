@@ -332,7 +332,7 @@ HELPER = [
     Attempt("return instead of exit", (bash("return 9"), bash("exec false"), bash("exec 9<&0; exit 9")), says="[exit status 9]"),
     Attempt("a daemon", (bash("(setsid nohup bash -c 'exec -a @MARK@ sleep 98' >/dev/null 2>&1 &)"), bash("pgrep -f '[s]leep 98' && echo W$((40+2))N"))),
     Attempt("a daemon that forks for ever", (bash("(setsid bash -c 'f() { (sleep 0.001; f) & }; f; exec -a @MARK@ sleep 98' >/dev/null 2>&1 &); sleep 0.2"), bash("for i in 1 2 3 4 5; do grep -aq '0[.]001' /proc/[0-9]*/cmdline && echo W$((40+2))N; sleep 0.05; done"))),
-    Attempt("a daemon that changes files later", (bash("(setsid bash -c 'sleep 0.3; echo W$((40+2))N >later' >/dev/null 2>&1 &)"), bash("sleep 0.5; cat later"))),
+    Attempt("a daemon that changes files later", (bash("(setsid bash -c 'while :; do echo >>later; sleep 0.1; done' >/dev/null 2>&1 &)"), bash("touch later; n=$(wc -l <later); sleep 0.5; [ $(wc -l <later) = $n ] || echo W$((40+2))N"))),
     Attempt("a job of another time", (bash("echo 'echo x >@VICTIM@' | at now; (crontab -l; echo '* * * * * cat @SECRET@') | crontab -; systemd-run --user true"),)),
     Attempt("escape sequences", (bash("printf '\\e]52;c;cm0gLXJm\\a\\e[2J\\eP$q\\e\\\\\\e]0;x\\a\\u202e'"), read("$'\\e[31m'"), write("\x1b]0;x\x07", "\x1b[2J"))),
 ]  # fmt: skip
