@@ -181,6 +181,10 @@ def test_memory_that_no_limit_counts_is_refused(sandbox: BubblewrapSandbox) -> N
     assert sandbox.run("python3 -c 'import os; os.unshare(os.CLONE_NEWUSER)'").status != 0
 
 
+def test_no_account_of_the_host_is_known(sandbox: BubblewrapSandbox) -> None:
+    assert set(said(sandbox, "cut -d: -f1 /etc/passwd").split()) <= {"root", "pocket"}
+
+
 @pytest.mark.parametrize(
     "flag", [0x20000, 0x2000000, 0x4000000, 0x8000000, 0x10000000, 0x20000000, 0x40000000]
 )

@@ -45,15 +45,17 @@ def member(name: str, kind: bytes = tarfile.REGTYPE, size: int = 0, target: str 
 
 def test_a_container_has_no_network_no_privileges_and_limits() -> None:
     command = " ".join(
-        start_command("docker", "pocket-x", Limits(workspace_bytes=1000, memory_bytes=2000, processes=7))
+        start_command(
+            "docker", "pocket-x", Limits(workspace_bytes=1000, memory_bytes=2000, processes=7), "p.json"
+        )
     )
     for option in (
         "docker run --detach --rm --name pocket-x",
         "--network none",
         "--read-only",
-        "--cap-drop ALL",
-        "--security-opt no-new-privileges",
-        "--user 1000:1000",
+        "--user 0:0 --cap-drop ALL --cap-add KILL",
+        "--security-opt no-new-privileges --security-opt seccomp=p.json",
+        "--ipc none",
         "--pids-limit 7",
         "--memory 2000 --memory-swap 2000",
         "--tmpfs /workspace:rw,exec,nosuid,nodev,size=1000",
@@ -66,9 +68,9 @@ def test_a_container_has_no_network_no_privileges_and_limits() -> None:
 
 def test_the_image_comes_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("POCKET_SANDBOX_IMAGE", raising=False)
-    assert "python:3.11" in start_command("docker", "x", Limits())
+    assert "python:3.11" in start_command("docker", "x", Limits(), "p")
     monkeypatch.setenv("POCKET_SANDBOX_IMAGE", "mine:1")
-    assert "mine:1" in start_command("docker", "x", Limits())
+    assert "mine:1" in start_command("docker", "x", Limits(), "p")
 
 
 @given(st.dictionaries(NAMES, TEXT, max_size=8))

@@ -10,6 +10,7 @@ process.  That these can be seen is shown where nothing isolates: the provider `
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import platform
 import resource
@@ -208,7 +209,7 @@ PROC = [
     shell("search all command lines", "cat /proc/*/cmdline | tr '\\0' ' '"),
     shell("overwrite a program of the system", "echo x >/proc/self/exe && @won; echo x >>/usr/bin/env && @won"),
     shell("PCI and ACPI", "head -c1 /proc/bus/pci/devices /sys/bus/pci/devices/*/config /sys/firmware/acpi/tables/* && @won"),
-    shell("the file system of the kernel", "ls /sys/kernel/ && @won; ls /sys/fs/cgroup/ && @won"),
+    shell("the file system of the kernel", "ls /sys/kernel/ | grep . && @won; ls /sys/fs/cgroup/ | grep . && @won"),
 ]  # fmt: skip
 DEVICES = [
     *(
@@ -237,7 +238,7 @@ PRIVILEGES = [
     python("ambient capabilities", "sys.exit(c.prctl(47, 2, 21, 0, 0) or won())"),
     python("new privileges again", "sys.exit(c.prctl(38, 0, 0, 0, 0) or won())"),
     python("seccomp off", "sys.exit(c.prctl(22, 0, 0, 0, 0) or won())"),
-    python("raise its limits", "for n in (resource.RLIMIT_AS, resource.RLIMIT_NPROC, resource.RLIMIT_CPU, resource.RLIMIT_FSIZE):\n  try: resource.setrlimit(n, (-1, -1)); won(n)\n  except (ValueError, OSError): pass"),
+    python("raise its limits", "for n in (resource.RLIMIT_AS, resource.RLIMIT_NPROC, resource.RLIMIT_CPU, resource.RLIMIT_FSIZE):\n  held = resource.getrlimit(n) != (-1, -1)\n  try: resource.setrlimit(n, (-1, -1)); won(n) if held else None\n  except (ValueError, OSError): pass"),
     python("priority above others", "os.nice(-5); won()"),
     python("real-time scheduling", "os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(1)); won()"),
     python("lock memory", "sys.exit(c.mlockall(3) or won())"),
@@ -278,11 +279,11 @@ SECRETS = [
     shell("the home of the host's user", "cat @HOME@/.ssh/* @HOME@/.netrc @HOME@/.aws/* @HOME@/.git-credentials @HOME@/.bash_history @HOME@/.cache/huggingface/token && @won"),
     shell("the folders of the host", "for d in /home /root /var /srv /mnt /media /opt /boot /tmp/.. @FOLDER@ @CHECKOUT@; do ls $d/*; done; cat @SECRET@"),
     shell("the passwords", "cat /etc/shadow /etc/gshadow /etc/sudoers && @won"),
-    shell("the accounts of the host", "grep -vE '^(root|pocket):' /etc/passwd && @won"),
+    shell("the accounts of the host", "sha256sum </etc/passwd | grep @ACCOUNTS@ && @won"),
     shell("secrets that are mounted", "cat /run/secrets/* /var/run/secrets/*/* && @won"),
     shell("the code that scores it", "python3 -c 'import pytest_pocket' && @won; find / -path '*pytest_pocket*' | grep . && @won"),
     shell("the files of other sandboxes", "cat /tmp/pocket-*/* /run/pocket/* /proc/*/root/workspace/*; ls -a /run/pocket && @won"),
-    shell("another sandbox by a guess", "chmod 777 /run /run/pocket && @won; cd /run/pocket && cat * 2>/dev/null; find /run -type f -not -name agent | grep . && @won"),
+    shell("another sandbox by a guess", "chmod 777 /run /run/pocket && @won; cd /run/pocket && cat * 2>/dev/null; find /run -type f -not -name agent -not -name .containerenv | grep . && @won"),
     shell("its own script is not another's", "tr '\\0' '\\n' </proc/1/cmdline; echo $BASH_EXECUTION_STRING"),
     shell("deleted files that are still open", "cat /proc/*/fd/* </dev/null & sleep 0.3; find /proc/*/fd -lname '*deleted*' | grep . && @won", says=""),
     shell("what memory held before", "python3 -c 'print(bytes(bytearray(1<<24)).strip(b\"\\0\"))'; strings /tmp/* 2>/dev/null"),
@@ -330,8 +331,8 @@ HELPER = [
     Attempt("a script that closes what it is in", (bash("true); exit 0; ("), bash("} ; exit 0; {"), bash("'; exit 0; '"), bash('"; exit 0; "'), bash("cat <<X\n)\nexit 0"), bash("exit 9")), says="[exit status 9]"),
     Attempt("return instead of exit", (bash("return 9"), bash("exec false"), bash("exec 9<&0; exit 9")), says="[exit status 9]"),
     Attempt("a daemon", (bash("(setsid nohup bash -c 'exec -a @MARK@ sleep 98' >/dev/null 2>&1 &)"), bash("pgrep -f '[s]leep 98' && echo W$((40+2))N"))),
-    Attempt("a daemon that forks for ever", (bash("(setsid bash -c 'f() { (sleep 0.001; f) & }; f; exec -a @MARK@ sleep 98' >/dev/null 2>&1 &); sleep 0.2"), bash("[ $(ls -d /proc/[0-9]* | wc -l) -gt 5 ] && echo W$((40+2))N"))),
-    Attempt("a daemon that changes files later", (bash("(setsid bash -c 'sleep 0.3; echo W$((40+2))N >later' >/dev/null 2>&1 &)"), bash("sleep 0.5; cat later"))),
+    Attempt("a daemon that forks for ever", (bash("(setsid bash -c 'f() { (sleep 0.001; f) & }; f; exec -a @MARK@ sleep 98' >/dev/null 2>&1 &); sleep 0.2"), bash("for i in 1 2 3 4 5; do grep -aq '0[.]001' /proc/[0-9]*/cmdline && echo W$((40+2))N; sleep 0.05; done"))),
+    Attempt("a daemon that changes files later", (bash("(setsid bash -c 'while :; do echo >>later; sleep 0.1; done' >/dev/null 2>&1 &)"), bash("touch later; n=$(wc -l <later); sleep 0.5; [ $(wc -l <later) = $n ] || echo W$((40+2))N"))),
     Attempt("a job of another time", (bash("echo 'echo x >@VICTIM@' | at now; (crontab -l; echo '* * * * * cat @SECRET@') | crontab -; systemd-run --user true"),)),
     Attempt("escape sequences", (bash("printf '\\e]52;c;cm0gLXJm\\a\\e[2J\\eP$q\\e\\\\\\e]0;x\\a\\u202e'"), read("$'\\e[31m'"), write("\x1b]0;x\x07", "\x1b[2J"))),
 ]  # fmt: skip
@@ -341,7 +342,7 @@ EXHAUSTION = [
     python("threads", "n = 0\ntry:\n  while n < 64: threading.Thread(target=time.sleep, args=[9], daemon=True).start(); n += 1\n  won()\nexcept RuntimeError: pass\nos._exit(0)", small=True),
     python("memory", "x = bytearray(200 << 20); won()", small=True),
     python("mapped memory", "m = mmap.mmap(-1, 200 << 20); m.write(b'x' * (200 << 20)); won()", small=True),
-    shell("memory of many processes", "for i in 1 2 3; do python3 -c 'import time; x = bytearray(b\"x\") * (60 << 20); time.sleep(1); print(\"W%dN\" % 42)' & done; wait", small=True),
+    shell("memory of many processes", "for i in 1 2 3; do python3 -c 'import time; x = bytearray(b\"x\") * (60 << 20); time.sleep(1)' && touch had$i & done; wait; [ $(ls had* | wc -l) -gt 1 ] && @won", small=True),
     python("memory files", "os.memfd_create('x'); won()"),
     kernel("memfd_secret", 447, 447, 0),
     kernel("shmget", 29, 194, 0, 2**20, 0o1600),
@@ -440,7 +441,7 @@ class Host:
             path.write_text(self.secret if name == "secret" else "untouched")
             path.chmod(0o666)
         os.environ[self.mark] = self.secret
-        self.process = subprocess.Popen(["sleep", "1000"], env={"SECRET": self.secret})
+        self.process = subprocess.Popen(["sleep", "infinity"], env={"SECRET": self.secret})
         self.tcp = socket.create_server(("0.0.0.0", 0))
         self.udp = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
         self.udp.bind(("0.0.0.0", self.tcp.getsockname()[1]))
@@ -477,6 +478,7 @@ class Host:
             "ABSTRACT": self.mark,
             "MARK": self.mark,
             "PID": self.process.pid,
+            "ACCOUNTS": hashlib.sha256(Path("/etc/passwd").read_bytes()).hexdigest(),
             "HOME": Path.home(),
             "CHECKOUT": Path(__file__).parent.parent,
         }

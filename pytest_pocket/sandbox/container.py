@@ -2,6 +2,9 @@
 
 Slower to start than bubblewrap, but it works on macOS and Windows, and its memory limit covers the whole
 sandbox.  Calls go through ``exec``; the final files through a tar stream, which is read, never extracted.
+
+Process 1 is the container's root, with no capability but to kill; calls have another user, and so cannot trace it,
+limit it, or make it the first to go when memory ends.
 """
 
 from __future__ import annotations
@@ -16,9 +19,11 @@ import shutil
 import subprocess
 import sys
 import tarfile
+import tempfile
 import threading
 import time
 from collections.abc import Mapping
+from pathlib import Path
 
 from pytest_pocket.sandbox import (
     ENVIRONMENT,
@@ -27,11 +32,16 @@ from pytest_pocket.sandbox import (
     Limits,
     SandboxError,
     SandboxUnavailable,
+    seccomp,
     tree,
 )
 
+USER = "1000:1000"
+"""Whose the calls are."""
 DEFAULT_IMAGE = "python:3.11"
 """Needs bash, git, python3 and tar.  The environment variable POCKET_SANDBOX_IMAGE names another."""
+EMPTY = ("/sys", "/sys/fs/cgroup", "/dev/pts", "/dev/mqueue")
+"""What would tell about the machine, and where terminals and queues are made."""
 START_SECONDS = 120.0
 PROCESSES = 16_384
 """Of the user in all containers together; those of one are held by its own limit."""
@@ -42,6 +52,17 @@ TOO_MUCH_OUTPUT = 137
 INIT = "trap 'kill -9 -1 2>/dev/null' USR1; while :; do sleep 1000 & wait $!; done"
 # Spares process 1, and the shell that does this.
 KILL_OTHERS = "kill -9 -1 2>/dev/null; :"
+# Files take memory even when nothing is in them.  More than a snapshot shows are no use to anybody.
+EMPTY_FOLDERS = f"""n=0
+for folder in /workspace /tmp; do set -- $(stat -f -c '%c %d' $folder); n=$((n + $1 - $2)); done
+exec 2>/dev/null
+[ $n -lt {2 * tree.MAX_ENTRIES} ] || chmod -R u+rwx /workspace /tmp
+[ $n -lt {2 * tree.MAX_ENTRIES} ] || find /workspace /tmp -mindepth 1 -delete
+:"""
+SPARE = 32 * 2**20
+"""Bytes of memory more for a container that has none left to end a call with."""
+# When memory ends, calls go before process 1.
+CALL = 'echo 1000 2>/dev/null >/proc/self/oom_score_adj; exec bash -c "$0" bash'
 
 
 def image() -> str:
@@ -49,11 +70,16 @@ def image() -> str:
     return os.environ.get("POCKET_SANDBOX_IMAGE") or DEFAULT_IMAGE
 
 
-def start_command(engine: str, name: str, limits: Limits) -> list[str]:
-    """The command line that starts a container which waits for calls."""
+def start_command(engine: str, name: str, limits: Limits, profile: str) -> list[str]:
+    """The command line that starts a container which waits for calls; ``profile`` is its seccomp profile's file."""
     size = f"{limits.workspace_bytes},mode=1777"
     words = [engine, "run", "--detach", "--rm", "--name", name, "--network", "none", "--read-only"]
-    words += ["--user", "1000:1000", "--cap-drop", "ALL", "--security-opt", "no-new-privileges"]
+    words += ["--user", "0:0", "--cap-drop", "ALL", "--cap-add", "KILL"]
+    words += ["--security-opt", "no-new-privileges", "--security-opt", f"seccomp={profile}"]
+    # Without /dev/shm, and without what Podman makes writable beside our two: they would not count.
+    words += ["--ipc", "none", *(["--read-only-tmpfs=false"] if engine == "podman" else [])]
+    for folder in EMPTY:
+        words += ["--tmpfs", f"{folder}:ro,size=4096,mode=0555"]
     words += [
         "--pids-limit",
         str(limits.processes),
@@ -69,13 +95,17 @@ def start_command(engine: str, name: str, limits: Limits) -> list[str]:
         hard = resource.getrlimit(resource.RLIMIT_NPROC)[1]
         most = PROCESSES if hard == resource.RLIM_INFINITY else min(PROCESSES, hard)
         words += ["--ulimit", f"nproc={most}:{most}"]
-    words += ["--memory", str(limits.memory_bytes), "--memory-swap", str(limits.memory_bytes)]
+    words += _memory(limits.memory_bytes)
     words += ["--tmpfs", f"/workspace:rw,exec,nosuid,nodev,size={size}"]
     words += ["--tmpfs", f"/tmp:rw,exec,nosuid,nodev,size={size}"]
     words += ["--workdir", "/workspace", "--entrypoint", "bash"]
     for key, value in {"HOME": "/workspace", **ENVIRONMENT}.items():
         words += ["--env", f"{key}={value}"]
     return [*words, image(), "-c", INIT]
+
+
+def _memory(size: int) -> list[str]:
+    return ["--memory", str(size), "--memory-swap", str(size)]
 
 
 def packed(files: Mapping[str, str]) -> bytes:
@@ -136,11 +166,14 @@ class ContainerSandbox:
         self._engine = engine
         self._name = f"pocket-{secrets.token_hex(8)}"
         self._closed = threading.Event()
-        self._removed = False
         self._busy = threading.RLock()
         archive = packed(files)
-        self._control(start_command(engine, self._name, limits), START_SECONDS)
+        # The engine runs in a folder of its own, because Podman's monitor leaves files where it was started.
+        self._folder = tempfile.TemporaryDirectory(prefix="pocket-", ignore_cleanup_errors=True)
         try:
+            profile = Path(self._folder.name, "seccomp.json")
+            profile.write_text(seccomp.profile())
+            self._control(start_command(engine, self._name, limits, str(profile)), START_SECONDS)
             if (
                 files
                 and (
@@ -154,9 +187,18 @@ class ContainerSandbox:
             self.close()
             raise
 
+    def _exec(self, *options: str) -> list[str]:
+        return [self._engine, "exec", "--user", USER, *options, self._name]
+
     def _control(self, command: list[str], seconds: float) -> None:
         try:
-            done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, timeout=seconds)
+            done = subprocess.run(
+                command,
+                stdin=subprocess.DEVNULL,
+                capture_output=True,
+                timeout=seconds,
+                cwd=self._folder.name,
+            )
         except (OSError, subprocess.TimeoutExpired) as error:
             raise SandboxError(f"{self._engine} does not answer: {error}") from error
         if done.returncode:
@@ -178,9 +220,13 @@ class ContainerSandbox:
         """One ``exec``, and afterwards the end of whatever it left."""
         if self._closed.is_set():
             raise SandboxError("the sandbox is closed")
-        command = [self._engine, "exec", "--interactive", self._name, "bash", "-c", script, "bash"]
         process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, bufsize=0
+            [*self._exec("--interactive"), "bash", "-c", CALL, script],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            bufsize=0,
+            cwd=self._folder.name,
         )
         feeder = threading.Thread(target=_feed, args=(process, stdin), daemon=True)
         feeder.start()
@@ -203,16 +249,26 @@ class ContainerSandbox:
         return CommandResult(status, output[:output_bytes], timed_out, cut)
 
     def _kill_others(self) -> None:
-        for attempt in range(5):
+        with contextlib.suppress(SandboxError):
+            return self._inside(KILL_OTHERS)
+        # No room for another process, or no memory: then process 1 itself would be the next to go.
+        more = [self._engine, "update", *_memory(self.limits.memory_bytes + SPARE), self._name]
+        with contextlib.suppress(SandboxError):
+            self._control(more, KILL_SECONDS)
+        for attempt in range(4):
+            if self._closed.is_set():
+                raise SandboxError("the sandbox is closed")
+            self._control([self._engine, "kill", "--signal", "USR1", self._name], KILL_SECONDS)
             try:
-                return self._control(
-                    [self._engine, "exec", self._name, "bash", "-c", KILL_OTHERS], KILL_SECONDS
-                )
+                self._inside(f"{KILL_OTHERS}; {EMPTY_FOLDERS}", START_SECONDS)
+                break
             except SandboxError:
-                if attempt == 4 or self._closed.is_set():
+                if attempt == 3:
                     raise
-                self._control([self._engine, "kill", "--signal", "USR1", self._name], KILL_SECONDS)
         return None
+
+    def _inside(self, script: str, seconds: float = KILL_SECONDS) -> None:
+        self._control([*self._exec(), "bash", "-c", script], seconds)
 
     def _collect(
         self, process: subprocess.Popen[bytes], seconds: float, max_bytes: int
@@ -242,7 +298,8 @@ class ContainerSandbox:
         with self._busy:
             room = 2 * self.limits.workspace_bytes + tree.MAX_ENTRIES * 4096
             made = self._call("exec tar -cf - . 2>/dev/null", b"", START_SECONDS, room)
-            if made.cut or made.timed_out:
+            # Ended by a signal: what is there leaves no memory for tar.
+            if made.cut or made.timed_out or made.status > 128:
                 return {tree.CUT: tree.OTHER}
             return unpacked(made.output, self.limits.workspace_bytes)
 
@@ -250,10 +307,10 @@ class ContainerSandbox:
         """Remove the container."""
         self._closed.set()
         with self._busy:
-            if not self._removed:
-                self._removed = True
+            if os.path.exists(self._folder.name):
                 with contextlib.suppress(SandboxError):
                     self._control([self._engine, "rm", "--force", "--time", "0", self._name], START_SECONDS)
+                self._folder.cleanup()
 
 
 def _feed(process: subprocess.Popen[bytes], data: bytes) -> None:

@@ -10,10 +10,13 @@ the hypervisor of a virtual machine, whatever its namespace.
 
 Limits and scheduling of another process are refused too: the kernel would let a process set those of the agent,
 which has the same user.
+
+:func:`program` is for bubblewrap, :func:`profile` says the same to container engines.
 """
 
 from __future__ import annotations
 
+import json
 import platform
 import struct
 
@@ -75,11 +78,21 @@ CLONE = {"x86_64": 56, "aarch64": 220}
 CLONE3 = 435
 SOCKETS = {"x86_64": (41, 53), "aarch64": (198, 199)}
 """``socket`` and ``socketpair``."""
+OWN_CALLS = ("sched_setparam", "sched_setscheduler", "sched_setaffinity", "prlimit64", "sched_setattr")
 OWN = {"x86_64": (142, 144, 203, 302, 314), "aarch64": (118, 119, 122, 261, 274)}
-"""``sched_setparam``, ``sched_setscheduler``, ``sched_setaffinity``, ``prlimit64`` and ``sched_setattr``: of process 0,
-which is the caller."""
+"""Their numbers: allowed for process 0, which is the caller."""
 FAMILIES = (1, 2, 10)
 """``AF_UNIX``, ``AF_INET`` and ``AF_INET6``."""
+ENGINES_REFUSED = tuple(
+    """
+    acct clock_adjtime clock_settime settimeofday stime reboot quotactl quotactl_fd create_module init_module
+    finit_module delete_module kexec_load kexec_file_load nfsservctl chroot pivot_root umount umount2 swapon swapoff
+    sysfs ustat uselib open_by_handle_at fsopen fsconfig fsmount fspick open_tree move_mount mount_setattr
+    lookup_dcookie kcmp pidfd_getfd process_madvise get_mempolicy set_mempolicy mbind move_pages migrate_pages ioperm
+    iopl vm86 vm86old vhangup io_uring_enter io_uring_register
+    """.split()
+)
+"""What the engines' own profiles refuse to a container without capabilities, and one of ours must go on refusing."""
 NAMESPACES = 0x7E020000
 """The flags of ``clone`` that ask for a new namespace of any kind: ``CLONE_NEW*`` in include/uapi/linux/sched.h."""
 AUDIT_ARCHITECTURES = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
@@ -127,3 +140,28 @@ def program(machine: str = platform.machine()) -> bytes:
         (RETURN, 0, 0, EPERM),
     ]
     return b"".join(struct.pack("=HBBI", *step) for step in steps)
+
+
+def profile() -> str:
+    """The same as a profile of Docker and Podman, in JSON; they know the numbers, and skip unknown names.
+
+    Format: https://docs.docker.com/engine/security/seccomp/ and libseccomp's comparisons.  One rule for every flag and
+    every value, because what the conditions of one rule ask must hold together.
+    """
+
+    def refuse(*names: str, errno: int = 1, **first: int | str) -> dict[str, object]:
+        conditions = {"args": [{"index": 0, **first}]} if first else {}
+        return {"names": list(names), "action": "SCMP_ACT_ERRNO", "errnoRet": errno, **conditions}
+
+    refused = sorted({name for numbers in REFUSED.values() for name in numbers} | {*ENGINES_REFUSED})
+    flags = [1 << bit for bit in range(32) if NAMESPACES >> bit & 1]
+    foreign = [family for family in range(max(FAMILIES)) if family not in FAMILIES]
+    rules = [
+        refuse(*refused),
+        refuse("clone3", errno=38),
+        *(refuse("clone", op="SCMP_CMP_MASKED_EQ", value=flag, valueTwo=flag) for flag in flags),
+        *(refuse("socket", "socketpair", op="SCMP_CMP_EQ", value=family) for family in foreign),
+        refuse("socket", "socketpair", op="SCMP_CMP_GT", value=max(FAMILIES)),
+        *(refuse(call, op="SCMP_CMP_NE", value=0) for call in OWN_CALLS),
+    ]
+    return json.dumps({"defaultAction": "SCMP_ACT_ALLOW", "syscalls": rules})
