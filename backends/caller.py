@@ -47,18 +47,21 @@ class Watch:
     def __init__(self, end: float | None) -> None:
         self._end = end
         self._first = time.monotonic()
-        self._parts = 0
+        self._tokens = 0
 
-    def last(self) -> bool:
-        """Take note of a part; whether it is to be the last.  Raises TimeoutError where the engine is too slow."""
+    def last(self, tokens: int = 1) -> bool:
+        """Take note of a part of so many tokens; whether it is to be the last.
+
+        Raises TimeoutError where the engine is too slow.
+        """
         now = time.monotonic()
-        if not self._parts:
+        if not self._tokens:
             self._first = now
-        self._parts += 1
+        self._tokens += tokens
         if self._end is None or now < self._end:
             return False
-        if self._parts < SLOWEST * (now - self._first):
-            raise TimeoutError(f"{self._parts} tokens in {now - self._first:.0f} s")
+        if self._tokens < SLOWEST * (now - self._first):
+            raise TimeoutError(f"{self._tokens} tokens in {now - self._first:.0f} s")
         return True
 
 

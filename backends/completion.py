@@ -60,6 +60,11 @@ class Answer:
         """Whether every choice has something."""
         return all(choice.content or choice.thinking or choice.calls or choice.ids for choice in self.choices)
 
+    @property
+    def sampled(self) -> int:
+        """How many tokens the server has told, of all choices together."""
+        return sum(len(choice.ids) for choice in self.choices)
+
     def add(self, chunk: Any) -> None:
         """Take in a part of a stream."""
         self._note(chunk)

@@ -243,10 +243,11 @@ class OpenAIBackend:
         watch = Watch(end)
         async with await create(stream=True, stream_options={"include_usage": True}, **fields) as stream:
             async for chunk in stream:
+                known = answer.sampled
                 answer.add(chunk)
                 for choice in answer.choices:
                     check_length(choice.characters, fields["max_tokens"], self)
-                if watch.last() and answer.begun:
+                if watch.last(max(1, answer.sampled - known)) and answer.begun:
                     answer.late = True
                     break
         return answer

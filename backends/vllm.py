@@ -27,6 +27,11 @@ from pytest_pocket.backends.process import Process, free_port
 from pytest_pocket.chat import ChatReply, ChatRequest
 from pytest_pocket.registry import Model, ModelError
 
+STREAM_INTERVAL = 4
+"""Tokens in a part of a stream: a part costs the server and us as much as computing a token of a small model does.
+
+Few enough that an engine which is just fast enough (caller.SLOWEST) sends one before an episode's time is up.
+"""
 RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """The LoRA ranks that vLLM can make room for."""
 START_SECONDS = 900.0
@@ -144,6 +149,7 @@ def _start(
     names = [str(each.options.get("served") or each.target) for each in of_base if not each.adapter]
     command = [program, "serve", model.target, "--host", "127.0.0.1", "--port", str(port)]
     command += ["--served-model-name", *(names or [f"{name}-base"]), "--enable-prefix-caching"]
+    command += ["--stream-interval", str(STREAM_INTERVAL)]
     command += ["--enable-auto-tool-choice", *_parsers(model.target)]
     if adapters := [each.adapter for each in of_base if each.adapter]:
         command += [

@@ -16,6 +16,7 @@ pytest.importorskip("openai")
 import openai_server
 from openai_server import Answer, Said, Server, honest, reply
 
+from pytest_pocket.backends import caller
 from pytest_pocket.backends.openai import OpenAIBackend, parse_target
 from pytest_pocket.backends.process import free_port
 from pytest_pocket.chat import Cancelled, ChatReply, ChatRequest, EngineError, Message, Sampling
@@ -372,3 +373,17 @@ def test_a_dead_server_costs_later_episodes_no_retries(server: Server, backend: 
 )
 def test_a_target_is_a_name_and_perhaps_an_address(target: str, parts: tuple[str, str | None]) -> None:
     assert parse_target(target) == parts
+
+
+def test_a_reply_that_time_ends_is_the_models_where_its_tokens_came_fast_enough(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    now = 100.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    by_part, by_four = caller.Watch(end=104.0), caller.Watch(end=104.0)
+    assert not by_part.last()
+    assert not by_four.last(4)
+    now = 105.0
+    assert by_four.last(4)
+    with pytest.raises(TimeoutError, match="2 tokens in 5 s"):
+        by_part.last()

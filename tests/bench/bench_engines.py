@@ -1,8 +1,10 @@
 """vLLM driven by the suite against vLLM's own load generator: tokens per second, and what prefix caching saves.
 
 One server, the same first turns of the tasks with the same tools, the same number of tokens for each (the end
-token is ignored), the same number of requests at a time; both ways take turns.  Then episodes are played, and the
-server tells how many of their prompts' tokens it had computed before.  ``vllm`` must be on the PATH.
+token is ignored), the same number of requests at a time; all ways take turns.  The suite asks for every token's id and
+log-probability, in parts of a stream; the generator asks for none, and gets nearly no parts where the server's parser
+holds calls back, or with ``SAME`` for what the suite does.  Then episodes are played, and the server tells how many of
+their prompts' tokens it had computed before.  ``vllm`` must be on the PATH.
 
     python tests/bench/bench_engines.py --out reports/bench/engines.json
 """
@@ -32,6 +34,7 @@ from pytest_pocket.tools import SCHEMAS
 from pytest_pocket.training.evaluate import episodes
 
 IN_FLIGHT = 16
+SAME = {"logprobs": True, "return_token_ids": True}
 
 
 def by_the_suite(backend: VLLMBackend, asked: list[ChatRequest]) -> float:
@@ -42,8 +45,10 @@ def by_the_suite(backend: VLLMBackend, asked: list[ChatRequest]) -> float:
     return sum(reply.completion_tokens for reply in replies) / (time.perf_counter() - start)
 
 
-def by_its_own(name: str, tokenizer: str, base_url: str, asked: list[ChatRequest]) -> float:
-    """Tokens per second of ``vllm bench serve``."""
+def by_its_own(
+    name: str, tokenizer: str, base_url: str, asked: list[ChatRequest], more: dict[str, Any]
+) -> float:
+    """Tokens per second of ``vllm bench serve``, which asks for ``more``."""
     with tempfile.TemporaryDirectory() as folder:
         prompts = Path(folder, "prompts.jsonl")
         prompts.write_text("".join(json.dumps({"prompt": each.messages[0].content}) + "\n" for each in asked))
@@ -52,8 +57,8 @@ def by_its_own(name: str, tokenizer: str, base_url: str, asked: list[ChatRequest
         command += ["--dataset-name", "custom", "--dataset-path", str(prompts), "--skip-chat-template"]
         command += ["--custom-output-len", str(MAX_TOKENS), "--ignore-eos", "--temperature", "0"]
         command += ["--num-prompts", str(len(asked)), "--max-concurrency", str(IN_FLIGHT), "--disable-tqdm"]
-        tools = {"tools": SCHEMAS, "chat_template_kwargs": {"enable_thinking": False}}
-        command += ["--disable-shuffle", "--extra-body", json.dumps(tools)]
+        body = {"tools": SCHEMAS, "chat_template_kwargs": {"enable_thinking": False}, **more}
+        command += ["--disable-shuffle", "--extra-body", json.dumps(body)]
         command += ["--save-result", "--result-dir", folder, "--result-filename", "result.json"]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
@@ -83,15 +88,15 @@ def measure(name: str, repeats: int) -> dict[str, Any]:
     assert isinstance(backend, VLLMBackend)
     base_url = backend.base_url
     asked = [replace(each, sampling=replace(each.sampling, max_tokens=MAX_TOKENS)) for each in requests()]
-    rates: dict[str, list[float]] = {"suite": [], "vllm bench serve": []}
+    rates: dict[str, list[float]] = {"suite": [], "vllm bench serve": [], "the same fields": []}
     endless = VLLMBackend(backend.name, base_url, extra={"ignore_eos": True}, reference=model.target)
     try:
         for repeat in range(repeats + 1):
-            ours = by_the_suite(endless, asked)
-            theirs = by_its_own(backend.name, model.target, base_url, asked)
+            theirs = (backend.name, model.target, base_url, asked)
+            found = (by_the_suite(endless, asked), by_its_own(*theirs, {}), by_its_own(*theirs, SAME))
             if repeat:  # the first is for warming up
-                rates["suite"].append(round(ours, 1))
-                rates["vllm bench serve"].append(round(theirs, 1))
+                for way, rate in zip(rates, found, strict=True):
+                    rates[way].append(round(rate, 1))
         before = counters(base_url)
         played = episodes(backend, "dev", 2, Condition("raw"), IN_FLIGHT)
         after = counters(base_url)
@@ -109,6 +114,7 @@ def measure(name: str, repeats: int) -> dict[str, Any]:
         "tokens_per_second": rates,
         "medians": medians,
         "ratio": round(medians["suite"] / medians["vllm bench serve"], 3),
+        "ratio_same_fields": round(medians["suite"] / medians["the same fields"], 3),
         "prefix_cache": {
             "episodes": len(played),
             "turns": sum(len(episode.replies) for episode in played),
@@ -127,7 +133,11 @@ def main() -> None:
     options = parser.parse_args()
     result = measure(options.model, options.repeats)
     options.out.write_text(json.dumps(result, indent=2) + "\n")
-    print(json.dumps({key: result[key] for key in ("medians", "ratio", "prefix_cache")}, indent=2))
+    print(
+        json.dumps(
+            {key: result[key] for key in ("medians", "ratio", "ratio_same_fields", "prefix_cache")}, indent=2
+        )
+    )
 
 
 if __name__ == "__main__":
