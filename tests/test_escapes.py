@@ -330,7 +330,7 @@ HELPER = [
     Attempt("programs of the same name", (bash("for p in cat sed tail grep mkdir bash sort; do printf '#!/bin/sh\\necho W$((40+2))N\\n' >$p; chmod +x $p; done; export PATH=/workspace:$PATH"), read("cat"), bash("exit 9")), says="[exit status 9]"),
     Attempt("a script that closes what it is in", (bash("true); exit 0; ("), bash("} ; exit 0; {"), bash("'; exit 0; '"), bash('"; exit 0; "'), bash("cat <<X\n)\nexit 0"), bash("exit 9")), says="[exit status 9]"),
     Attempt("return instead of exit", (bash("return 9"), bash("exec false"), bash("exec 9<&0; exit 9")), says="[exit status 9]"),
-    Attempt("a daemon", (bash("(setsid nohup bash -c 'exec -a @MARK@ sleep 98' >/dev/null 2>&1 &)"), bash("pgrep -f '[s]leep 98' && echo W$((40+2))N"))),
+    Attempt("a daemon", (bash("(setsid nohup bash -c 'exec -a @MARK@ sleep 98' >/dev/null 2>&1 &); sleep 0.5"), bash("pgrep -f '[s]leep 98' && echo W$((40+2))N"))),
     Attempt("a daemon that forks for ever", (bash("(setsid bash -c 'f() { (sleep 0.001; f) & }; f; exec -a @MARK@ sleep 98' >/dev/null 2>&1 &); sleep 0.2"), bash("for i in 1 2 3 4 5; do grep -aq '0[.]001' /proc/[0-9]*/cmdline && echo W$((40+2))N; sleep 0.05; done"))),
     Attempt("a daemon that changes files later", (bash("(setsid bash -c 'while :; do echo >>later; sleep 0.1; done' >/dev/null 2>&1 &)"), bash("touch later; n=$(wc -l <later); sleep 0.5; [ $(wc -l <later) = $n ] || echo W$((40+2))N"))),
     Attempt("a job of another time", (bash("echo 'echo x >@VICTIM@' | at now; (crontab -l; echo '* * * * * cat @SECRET@') | crontab -; systemd-run --user true"),)),
