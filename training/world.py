@@ -7,6 +7,7 @@ rather than by wrapping the model, because the stages use its parts: a wrapped o
 
 from __future__ import annotations
 
+import atexit
 import functools
 from collections.abc import Iterable, Iterator
 from itertools import islice
@@ -21,7 +22,11 @@ T = TypeVar("T")
 def _state() -> Any:
     from accelerate import PartialState
 
-    return PartialState(cpu=pick_device(None) == "cpu")
+    state = PartialState(cpu=pick_device(None) == "cpu")
+    # A process that ends with the group's threads still there may be aborted, and its work counted as failed.
+    if state.num_processes > 1:
+        atexit.register(state.destroy_process_group)
+    return state
 
 
 def size() -> int:
