@@ -24,8 +24,8 @@ def numbers(machine: str) -> dict[str, int]:
     }
     return {
         **seccomp.REFUSED[machine],
-        **dict(zip(seccomp.OWN_CALLS, seccomp.OWN[machine], strict=True)),
-        **dict(zip(("socket", "socketpair"), seccomp.SOCKETS[machine], strict=True)),
+        **seccomp.OWN[machine],
+        **seccomp.SOCKETS[machine],
         "clone": seccomp.CLONE[machine],
         "clone3": seccomp.CLONE3,
         **common[machine],

@@ -53,11 +53,12 @@ INIT = "trap 'kill -9 -1 2>/dev/null' USR1; while :; do sleep 1000 & wait $!; do
 # Spares process 1, and the shell that does this.
 KILL_OTHERS = "kill -9 -1 2>/dev/null; :"
 # Files take memory even when nothing is in them.  More than a snapshot shows are no use to anybody.
-EMPTY_FOLDERS = f"""n=0
+CLEAR = f"""n=0
 for folder in /workspace /tmp; do set -- $(stat -f -c '%c %d' $folder); n=$((n + $1 - $2)); done
+[ $n -ge {2 * tree.MAX_ENTRIES} ] || exit 0
 exec 2>/dev/null
-[ $n -lt {2 * tree.MAX_ENTRIES} ] || chmod -R u+rwx /workspace /tmp
-[ $n -lt {2 * tree.MAX_ENTRIES} ] || find /workspace /tmp -mindepth 1 -delete
+chmod -R u+rwx /workspace /tmp
+find /workspace /tmp -mindepth 1 -delete
 :"""
 SPARE = 32 * 2**20
 """Bytes of memory more for a container that has none left to end a call with."""
@@ -260,8 +261,7 @@ class ContainerSandbox:
                 raise SandboxError("the sandbox is closed")
             self._control([self._engine, "kill", "--signal", "USR1", self._name], KILL_SECONDS)
             try:
-                self._inside(f"{KILL_OTHERS}; {EMPTY_FOLDERS}", START_SECONDS)
-                break
+                return self._inside(f"{KILL_OTHERS}; {CLEAR}", START_SECONDS)
             except SandboxError:
                 if attempt == 3:
                     raise

@@ -16,9 +16,11 @@ which has the same user.
 
 from __future__ import annotations
 
+import errno
 import json
 import platform
 import struct
+from collections.abc import Iterable, Mapping
 
 # Numbers: arch/x86/entry/syscalls/syscall_64.tbl and include/uapi/asm-generic/unistd.h of Linux.
 REFUSED = {
@@ -76,11 +78,25 @@ REFUSED = {
 }
 CLONE = {"x86_64": 56, "aarch64": 220}
 CLONE3 = 435
-SOCKETS = {"x86_64": (41, 53), "aarch64": (198, 199)}
-"""``socket`` and ``socketpair``."""
-OWN_CALLS = ("sched_setparam", "sched_setscheduler", "sched_setaffinity", "prlimit64", "sched_setattr")
-OWN = {"x86_64": (142, 144, 203, 302, 314), "aarch64": (118, 119, 122, 261, 274)}
-"""Their numbers: allowed for process 0, which is the caller."""
+SOCKETS = {"x86_64": {"socket": 41, "socketpair": 53}, "aarch64": {"socket": 198, "socketpair": 199}}
+"""Allowed for :data:`FAMILIES`."""
+OWN = {
+    "x86_64": {
+        "sched_setparam": 142,
+        "sched_setscheduler": 144,
+        "sched_setaffinity": 203,
+        "prlimit64": 302,
+        "sched_setattr": 314,
+    },
+    "aarch64": {
+        "sched_setparam": 118,
+        "sched_setscheduler": 119,
+        "sched_setaffinity": 122,
+        "prlimit64": 261,
+        "sched_setattr": 274,
+    },
+}
+"""Allowed for process 0, which is the caller."""
 FAMILIES = (1, 2, 10)
 """``AF_UNIX``, ``AF_INET`` and ``AF_INET6``."""
 ENGINES_REFUSED = tuple(
@@ -110,7 +126,8 @@ def program(machine: str = platform.machine()) -> bytes:
         return b""
     numbers = sorted(REFUSED[machine].values())
     # Jumps count the steps that they leave out.
-    own = OWN[machine]
+    own = OWN[machine].values()
+    socket, pair = SOCKETS[machine].values()
     refuse = len(numbers) + len(own) + 15
     steps = [
         (LOAD, 0, 0, ARCHITECTURE),
@@ -124,8 +141,8 @@ def program(machine: str = platform.machine()) -> bytes:
     steps += [
         (EQUAL, 0, 1, CLONE3),
         (RETURN, 0, 0, ENOSYS),
-        (EQUAL, 5, 0, SOCKETS[machine][0]),
-        (EQUAL, 4, 0, SOCKETS[machine][1]),
+        (EQUAL, 5, 0, socket),
+        (EQUAL, 4, 0, pair),
         (EQUAL, 0, 2, CLONE[machine]),
         (LOAD, 0, 0, FIRST),
         (ANY_BIT, 8, 0, NAMESPACES),
@@ -149,19 +166,21 @@ def profile() -> str:
     every value, because what the conditions of one rule ask must hold together.
     """
 
-    def refuse(*names: str, errno: int = 1, **first: int | str) -> dict[str, object]:
-        conditions = {"args": [{"index": 0, **first}]} if first else {}
-        return {"names": list(names), "action": "SCMP_ACT_ERRNO", "errnoRet": errno, **conditions}
+    def named(table: Mapping[str, Mapping[str, int]]) -> set[str]:
+        return {name for numbers in table.values() for name in numbers}
 
-    refused = sorted({name for numbers in REFUSED.values() for name in numbers} | {*ENGINES_REFUSED})
+    def refuse(names: Iterable[str], error: int = errno.EPERM, **first: int | str) -> dict[str, object]:
+        conditions = {"args": [{"index": 0, **first}]} if first else {}
+        return {"names": sorted(names), "action": "SCMP_ACT_ERRNO", "errnoRet": error, **conditions}
+
     flags = [1 << bit for bit in range(32) if NAMESPACES >> bit & 1]
     foreign = [family for family in range(max(FAMILIES)) if family not in FAMILIES]
     rules = [
-        refuse(*refused),
-        refuse("clone3", errno=38),
-        *(refuse("clone", op="SCMP_CMP_MASKED_EQ", value=flag, valueTwo=flag) for flag in flags),
-        *(refuse("socket", "socketpair", op="SCMP_CMP_EQ", value=family) for family in foreign),
-        refuse("socket", "socketpair", op="SCMP_CMP_GT", value=max(FAMILIES)),
-        *(refuse(call, op="SCMP_CMP_NE", value=0) for call in OWN_CALLS),
+        refuse(named(REFUSED).union(ENGINES_REFUSED)),
+        refuse(["clone3"], errno.ENOSYS),
+        *(refuse(["clone"], op="SCMP_CMP_MASKED_EQ", value=flag, valueTwo=flag) for flag in flags),
+        *(refuse(named(SOCKETS), op="SCMP_CMP_EQ", value=family) for family in foreign),
+        refuse(named(SOCKETS), op="SCMP_CMP_GT", value=max(FAMILIES)),
+        refuse(named(OWN), op="SCMP_CMP_NE", value=0),
     ]
     return json.dumps({"defaultAction": "SCMP_ACT_ALLOW", "syscalls": rules})
