@@ -15,9 +15,9 @@ play() { # NAME, then options: a run on dev into reports/experiments/NAME
         "$@" | tail -n 30
 }
 
-pairs() { # what preferences are learned from: hot episodes of training instances
-    [ -d .pocket/pairs ] || .venv/bin/pytest --pocket-model=sft-run6 --pocket-split=train --pocket-temperature=1.5 \
-        --pocket-samples=4 --runs=10 --pocket-fail-under=0 -q --pocket-records=.pocket/pairs | tail -n 30
+pairs() { # [MODEL FOLDER] what preferences are learned from: hot episodes of training instances
+    [ -d "${2:-.pocket/pairs}" ] || .venv/bin/pytest "--pocket-model=${1:-sft-run6}" --pocket-split=train --pocket-temperature=1.5 \
+        --pocket-samples=4 --runs=10 --pocket-fail-under=0 -q "--pocket-records=${2:-.pocket/pairs}" | tail -n 30
 }
 prompts() { # raw, full and verbose prompts on every stage
     play prompts --pocket-model=base,sft-run6,dpo-v1-beta05,rlvr-v1,rlvr-v2-from-dpo,rlvr-v2-from-v1-epoch1 \
@@ -31,7 +31,7 @@ temperature() { # greedy against temperature
     play temperature --pocket-model=sft-run6,rlvr-v1 --pocket-prompt=raw --pocket-temperature=0,0.7,1
 }
 best_of() { # reward against tokens
-    play best-of --pocket-model=rlvr-v1 --pocket-prompt=raw,verbose --pocket-temperature=0.7 --pocket-best-of=1,2,4,8
+    play best-of --pocket-model=rlvr-v1 --pocket-prompt=raw --pocket-temperature=0.7 --pocket-best-of=1,2,4,8
 }
 thinking() {
     play thinking --pocket-model=sft-run6,rlvr-v1 --pocket-think=off,on
@@ -87,18 +87,25 @@ hour() { # the whole family from nothing, within an hour on two cores: half the 
     said() { echo "$(($(date +%s) - start)) s: $1"; }
     of=.pocket/hour
     traces=$of/traces.jsonl
-    train data --recipe tiny --set data.episodes_per_task=1000 --out $traces && said data
-    train pretrain --recipe tiny --traces $traces --out $of && said base
-    train sft --recipe tiny --set sft.tokens=9_000_000 --traces $traces --from $of/base --name sft-run6 --out $of && said sft-run6
+    train data --set data.episodes_per_task=1000 --out $traces
+    said data
+    train pretrain --traces $traces --out $of
+    said base
+    train sft --set sft.tokens=9_000_000 --traces $traces --from $of/base --name sft-run6 --out $of
+    said sft-run6
     {
-        .venv/bin/pytest --pocket-model=$of/sft-run6 --pocket-split=train --pocket-temperature=1.5 \
-            --pocket-samples=4 --runs=10 --pocket-fail-under=0 -q --pocket-records=$of/pairs | tail -n 30
-        train dpo --threads 1 --recipe tiny --from $of/sft-run6 --run $of/pairs --name dpo-v1-beta05 --out $of && said dpo-v1-beta05
-        train rlvr --threads 1 --recipe tiny --from $of/dpo-v1-beta05 --name rlvr-v2-from-dpo --out $of && said rlvr-v2-from-dpo
+        pairs $of/sft-run6 $of/pairs
+        train dpo --threads 1 --from $of/sft-run6 --run $of/pairs --name dpo-v1-beta05 --out $of
+        said dpo-v1-beta05
+        train rlvr --threads 1 --from $of/dpo-v1-beta05 --name rlvr-v2-from-dpo --out $of
+        said rlvr-v2-from-dpo
     } &
-    train rlvr --threads 1 --recipe tiny --from $of/sft-run6 --name rlvr-v1 --out $of && said rlvr-v1
-    train rlvr --threads 1 --recipe tiny --from $of/rlvr-v1 --name rlvr-v2-from-v1-epoch1 --out $of && said rlvr-v2-from-v1-epoch1
-    wait
+    branch=$!
+    train rlvr --threads 1 --from $of/sft-run6 --name rlvr-v1 --out $of
+    said rlvr-v1
+    train rlvr --threads 1 --from $of/rlvr-v1 --name rlvr-v2-from-v1-epoch1 --out $of
+    said rlvr-v2-from-v1-epoch1
+    wait $branch
     said "all six"
     play hour "--pocket-model=$of/base,$of/sft-run6,$of/dpo-v1-beta05,$of/rlvr-v1,$of/rlvr-v2-from-dpo,$of/rlvr-v2-from-v1-epoch1" \
         --pocket-prompt=raw,full,verbose
