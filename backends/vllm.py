@@ -28,7 +28,7 @@ from pytest_pocket.chat import ChatReply, ChatRequest
 from pytest_pocket.registry import Model, ModelError
 
 STREAM_INTERVAL = 4
-"""Tokens in a part of a stream: a part costs the server and us as much as computing a token of a small model does.
+"""Tokens in a part of a stream: each part costs the server and us processor time, however little is in it.
 
 Few enough that an engine which is just fast enough (caller.SLOWEST) sends one before an episode's time is up.
 """
