@@ -24,7 +24,7 @@ class TrackerMissing(RuntimeError):
 
 
 class Journal:
-    """The points of a run, kept and told.  ``tracker`` is one of ``TRACKERS``; its files go to ``directory``."""
+    """The points of a run, kept and told.  ``tracker`` is one of ``TRACKERS``; TensorBoard writes to ``directory``."""
 
     def __init__(self, name: str = "", tracker: str = "", directory: Path = Path()) -> None:
         self.curve: list[dict[str, float]] = []
