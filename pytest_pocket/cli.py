@@ -279,10 +279,15 @@ def export(
     if kind not in exporting.KINDS:
         _stop(f"--as {kind!r}: choose from {', '.join(exporting.KINDS)}")
     found = _load(run)
+    card = exporting.card_of(output) if kind in exporting.TRAINING else None
     _refuse_existing(output)
+    if card:
+        _refuse_existing(card)
     with _one_line(run, exporting.ExportError):
         made = exporting.export(found, kind)
         exporting.write(output, made.data)
+        if card:
+            exporting.write(card, exporting.card(made, found))
     if as_json:
         typer.echo(
             json.dumps({"output": str(output), "rows": made.rows, "left_out": made.left_out}, indent=2)

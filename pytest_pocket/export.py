@@ -6,6 +6,7 @@ only, and of none whose prompt and files equal those of an instance that models 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections import Counter
@@ -50,6 +51,31 @@ def export(found: Sequence[Row], kind: str) -> Export:
         )
     data = _parquet(made) if kind == "parquet" else b"".join(map(records.to_line, made))
     return Export(data, len(made), dict(left_out))
+
+
+def sampling(found: Iterable[Row]) -> list[dict[str, Any]]:
+    """The models that played some episodes, each with the conditions it did so under."""
+    keys = ("model", "prompt", "think", "temperature", "best_of")
+    return [
+        dict(zip(keys, each, strict=True))
+        for each in sorted({tuple(record[key] for key in keys) for record in found})
+    ]
+
+
+def card_of(path: Path) -> Path:
+    """Where the data card of a file lies: beside it."""
+    return path.with_suffix(".card.json")
+
+
+def card(made: Export, found: Sequence[Row]) -> bytes:
+    """What a set of training data comes from: rows, what was left out and why, who played, and its hash."""
+    facts = {
+        "rows": made.rows,
+        "left_out": made.left_out,
+        "sampling": sampling(found),
+        "sha256": hashlib.sha256(made.data).hexdigest(),
+    }
+    return (json.dumps(facts, indent=2) + "\n").encode()
 
 
 def write(path: Path, data: bytes) -> None:
@@ -129,6 +155,8 @@ KINDS: Mapping[str, Callable[[Sequence[Row], Counter[str]], list[Row]]] = {
     "jsonl": _flat,
     "parquet": _flat,
 }
+TRAINING = ("sft", "dpo")
+"""Those that are training data, and get a data card."""
 
 
 def trainable(found: Sequence[Row], left_out: Counter[str]) -> list[Row]:

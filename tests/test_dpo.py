@@ -117,6 +117,10 @@ def test_from_a_run_to_a_checkpoint_that_is_a_model(run: Path, tmp_path: Path) -
     manifest = json.loads((tmp_path / ".pocket/checkpoints/dpo/pocket.json").read_text())
     assert manifest["stage"] == "dpo"
     assert manifest["parent"] == "sft-run6"
+    assert manifest["sampling"] == [
+        {"model": "sft-run6", "prompt": prompt, "think": False, "temperature": 1.5, "best_of": 1}
+        for prompt in ("full", "raw")
+    ]
     assert manifest["pairs"] == len(dpo.pairs([run], words(), recipe.load("smoke").dpo)[0])
     result = play_one_task(tmp_path, ".pocket/checkpoints/dpo")
     assert result.returncode in (0, 1), result.stdout

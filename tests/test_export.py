@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import sys
 from pathlib import Path
@@ -71,6 +72,29 @@ def test_dpo_prefers_the_higher_reward_on_one_prompt(suite_run: Path, tmp_path: 
         assert chosen > rejected
         assert {message["role"] for message in row["chosen"]} <= {"assistant", "tool"}
         assert row["chosen"][-1]["role"] == row["rejected"][-1]["role"] == "assistant"
+
+
+@pytest.mark.parametrize("kind", ["sft", "dpo"])
+def test_a_data_card_says_who_played_and_what_was_left_out(
+    suite_run: Path, tmp_path: Path, kind: str
+) -> None:
+    rows = exported(suite_run, kind, tmp_path / "mine.jsonl")
+    card = json.loads((tmp_path / "mine.card.json").read_text())
+    assert card["rows"] == len(rows)
+    assert sum(card["left_out"].values()) + len(rows) == len(records.load(suite_run)[1]) - 38 * (
+        kind == "dpo"
+    )
+    assert card["sha256"] == hashlib.sha256((tmp_path / "mine.jsonl").read_bytes()).hexdigest()
+    assert {(each["model"], each["prompt"], each["temperature"]) for each in card["sampling"]} == {
+        (model, prompt, 0.0) for model in ("noop", "oracle") for prompt in ("raw", "full")
+    }
+
+
+def test_a_data_card_that_is_there_is_not_replaced(suite_run: Path, tmp_path: Path) -> None:
+    (tmp_path / "mine.card.json").write_text("precious")
+    status, text = pocket("export", suite_run, "--as", "sft", "-o", tmp_path / "mine.jsonl")
+    assert (status, text.count("\n")) == (2, 1)
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["precious"]
 
 
 def test_a_trajectory_that_a_limit_ended_is_rejected_up_to_its_last_reply(suite_run: Path) -> None:

@@ -221,6 +221,12 @@ def test_a_trained_policy_is_a_model_of_the_suite(tmp_path: Path, capsys: pytest
     rlvr.main(["--recipe", "smoke", "--from", "sft-run6", "--name", "rlvr-smoke", "--out", str(tmp_path)])
     model = read_manifest(tmp_path / "rlvr-smoke")
     assert (model.stage, model.parent) == ("rlvr", "sft-run6")
+    manifest = json.loads((tmp_path / "rlvr-smoke" / "pocket.json").read_text())
+    assert manifest["sampling"] == [
+        {"model": "rlvr-smoke", "prompt": prompt, "think": False, "temperature": 1.0, "best_of": 1}
+        for prompt in ("raw", "full")
+    ]
+    assert manifest["values"]["stage"]["clip_high"] == 0.28
     lines = [json.loads(line) for line in capsys.readouterr().err.splitlines() if line.startswith('{"step"')]
     assert [line["step"] for line in lines] == [1, 2]
     shares = [sum(value for key, value in line.items() if key.startswith("share_")) for line in lines]

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from pytest_pocket import records, sandbox, task_list
 from pytest_pocket.conditions import SYSTEM_PROMPTS
 from pytest_pocket.episode import Workshop, play
-from pytest_pocket.registry import MANIFEST, ModelError, Registry, read_manifest, shipped
+from pytest_pocket.registry import MANIFEST, ModelError, Registry, read_manifest, sha256_json, shipped
 from pytest_pocket.task import instance_seed
 from pytest_pocket.training import checkpoint, data, fit, recipe, tokenizer
 from pytest_pocket.training.recipe import Fit, RecipeError
@@ -362,7 +362,7 @@ def saved(words: Any, tmp_path: Path) -> Path:
     curve = [{"tokens": 100, "loss": 2.0, "minutes": 0.1}, {"tokens": 200, "loss": 1.0, "dev_raw_pass": 0.5}]
     checkpoint.save(
         directory, tiny(words), words, name="mine", stage="sft", parent=Registry().resolve("base"),
-        description="", facts={}, curve=curve,
+        description="", sampling=[], facts={}, curve=curve,
     )  # fmt: skip
     return directory
 
@@ -381,6 +381,28 @@ def test_a_checkpoint_made_for_another_suite_is_refused(key: str, saved: Path) -
     (saved / MANIFEST).write_text(json.dumps({**manifest, key: "other"}))
     with pytest.raises(ModelError, match=r"made for another suite: .* other"):
         read_manifest(saved)
+
+
+@pytest.mark.parametrize("name", sorted(path.name for path in shipped().iterdir()))
+def test_the_manifest_of_a_shipped_checkpoint_says_how_it_was_made(name: str) -> None:
+    manifest = json.loads((shipped() / name / MANIFEST).read_text())
+    assert manifest["recipe_sha256"] == sha256_json(list(manifest["values"].values()))
+    assert manifest["seed"] == manifest["values"]["stage"]["seed"]
+    # All that a checkpoint of today has, which the oldest ones were given later ("completed").
+    for fact in ("suite", "tools_sha256", "tools", "template_sha256", "parser_sha256", "commit", "minutes"):
+        assert manifest[fact]
+    learned_from_a_model = manifest["stage"] in ("dpo", "rlvr")
+    assert bool(manifest["sampling"]) == learned_from_a_model
+    assert ("data_sha256" in manifest) == (manifest["stage"] != "rlvr")
+    assert (shipped() / name / "curve.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_traces_of_a_model_s_own_episodes_say_how_it_was_sampled(suite_run: Path, tmp_path: Path) -> None:
+    path = tmp_path / "mine.jsonl"
+    data.main(["--recipe", "smoke", "--run", str(suite_run), "--out", str(path)])
+    assert [(each["model"], each["prompt"], each["temperature"]) for each in data.sampling_of([path])] == [
+        (model, prompt, 0.0) for model in ("noop", "oracle") for prompt in ("full", "raw")
+    ]
 
 
 def test_the_shipped_tokenizer_keeps_words_whole_wherever_they_stand() -> None:

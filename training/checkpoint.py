@@ -42,11 +42,16 @@ def save(
     stage: str,
     parent: Model | None,
     description: str,
+    sampling: Sequence[Mapping[str, Any]],
     facts: Mapping[str, Any],
     curve: Sequence[Mapping[str, float]],
 ) -> None:
     """Write a checkpoint: weights or adapter in bf16, tokenizer, chat template, curve, manifest.  Complete or not
-    at all."""
+    at all.
+
+    ``sampling`` has the conditions under which a model played the episodes that were learned from; none did where
+    oracles played them.
+    """
     import torch
 
     if not world.is_first():
@@ -77,6 +82,7 @@ def save(
         "made": time.strftime("%Y-%m-%d", time.gmtime()),
         "hardware": f"{platform.machine()}, {os.cpu_count()} cores",
         "versions": {package: version(package) for package in ("torch", "transformers", "tokenizers")},
+        "sampling": list(sampling),
         **facts,
     }
     plot.draw(curve, partial / "curve.png")
@@ -165,13 +171,17 @@ def load(name: str, weights: Weights) -> tuple[Model, Any, Any]:
     return found, model, words
 
 
-def recipe_hash(recipe: Recipe, stage: Fit | Preference | RL) -> str:
-    """The hash of all values of a recipe that one stage depends on."""
-    return sha256_json(
-        [
-            recipe.scratch and asdict(recipe.scratch),
-            asdict(recipe.weights),
-            asdict(recipe.data),
-            asdict(stage),
-        ]
-    )
+def recipe_facts(recipe: Recipe, stage: Fit | Preference | RL) -> dict[str, Any]:
+    """What a manifest says of a stage's recipe: its name, all values that the stage depends on, and their hash."""
+    values = {
+        "scratch": recipe.scratch and asdict(recipe.scratch),
+        "weights": asdict(recipe.weights),
+        "data": asdict(recipe.data),
+        "stage": asdict(stage),
+    }
+    return {
+        "recipe": recipe.name,
+        "recipe_sha256": sha256_json(list(values.values())),
+        "values": values,
+        "seed": stage.seed,
+    }

@@ -22,7 +22,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from pytest_pocket import sandbox, task_list
+from pytest_pocket import export, records, sandbox, task_list
 from pytest_pocket.backends.scripted import NoopBackend, OracleBackend
 from pytest_pocket.chat import ChatReply, ChatRequest, Message, ToolCall
 from pytest_pocket.episode import Episode, Workshop, play
@@ -188,8 +188,6 @@ def from_runs(
 
     Raises ExportError, RecordsError.
     """
-    from pytest_pocket import export, records
-
     workshop = Workshop(sandbox.select("auto"))
     for directory in directories:
         counts: Counter[str] = Counter()
@@ -210,8 +208,26 @@ def from_runs(
         yield kept, counts
 
 
-def write(path: Path, batches: Iterator[tuple[list[Trace], Counter[str]]]) -> Counter[str]:
-    """Write traces as JSON lines, and beside them a data card.  Returns what became of the episodes."""
+def sampling(directories: Sequence[Path]) -> list[dict[str, Any]]:
+    """The models that played some runs, each with the conditions it did so under.  Raises RecordsError."""
+    return export.sampling(record for directory in directories for record in records.load(directory)[1])
+
+
+def sampling_of(traces: Sequence[Path]) -> list[dict[str, Any]]:
+    """The same, from the cards beside files of traces; of a file without a card nothing is known."""
+    cards = filter(Path.is_file, map(export.card_of, traces))
+    return [each for card in cards for each in json.loads(card.read_text()).get("sampling", ())]
+
+
+def write(
+    path: Path,
+    batches: Iterator[tuple[list[Trace], Counter[str]]],
+    sampled: Sequence[Mapping[str, Any]] = (),
+) -> Counter[str]:
+    """Write traces as JSON lines, and beside them a data card.  Returns what became of the episodes.
+
+    ``sampled`` says what models played them, and how; none where the oracles did.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     counts: Counter[str] = Counter()
     seen: set[str] = set()
@@ -235,9 +251,10 @@ def write(path: Path, batches: Iterator[tuple[list[Trace], Counter[str]]]) -> Co
     card = {
         "traces": len(seen),
         "episodes": dict(counts),
+        "sampling": list(sampled),
         "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
     }
-    path.with_suffix(".card.json").write_text(json.dumps(card, indent=2) + "\n")
+    export.card_of(path).write_text(json.dumps(card, indent=2) + "\n")
     return counts
 
 
@@ -303,7 +320,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         batches = from_runs(options.run, options.unvalidated)
     else:
         batches = generate(recipe.data, list(task_list.shipped()), options.processes)
-    counts = write(options.out, batches)
+    counts = write(options.out, batches, sampling(options.run))
     print(f"{options.out}: {dict(counts)}")
 
 

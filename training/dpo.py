@@ -21,7 +21,7 @@ from typing import Any
 
 from pytest_pocket import export, records
 from pytest_pocket.registry import file_hash
-from pytest_pocket.training import checkpoint, fit, recipe, stage, world
+from pytest_pocket.training import checkpoint, data, fit, recipe, stage, world
 from pytest_pocket.training.evaluate import on_dev
 from pytest_pocket.training.fit import NotWritten, Rendered, TrainingError
 from pytest_pocket.training.journal import Journal
@@ -200,9 +200,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parent, model, words = checkpoint.load(options.parent, chosen.weights)
     found, left_out = pairs(options.run, words, plan)
     print(json.dumps({"pairs": len(found), **left_out}), file=sys.stderr, flush=True)
-    recipe_sha256 = checkpoint.recipe_hash(chosen, plan)
+    known = checkpoint.recipe_facts(chosen, plan)
     data_sha256 = [file_hash(directory / records.EPISODES) for directory in options.run]
-    state = stage.state(options, recipe_sha256, parent.digest, *data_sha256)
+    state = stage.state(options, known["recipe_sha256"], parent.digest, *data_sha256)
     curve = learn(
         model,
         found,
@@ -220,10 +220,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         stage="dpo",
         parent=parent,
         description=f"preferences between episodes of one training instance, beta {plan.beta}",
+        sampling=data.sampling(options.run),
         facts={
-            "recipe": chosen.name,
-            "recipe_sha256": recipe_sha256,
-            "seed": plan.seed,
+            **known,
             "pairs": len(found),
             "left_out": dict(left_out),
             "data_sha256": data_sha256,

@@ -64,6 +64,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         stage="base",
         parent=None,
         description="tiny Qwen3, trained from scratch on agentic traces and Python source, without system prompts",
+        sampling=data.sampling_of([options.traces]),
         facts={**known, **spent(curve)},
         curve=curve,
     )
@@ -72,10 +73,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 def facts(chosen: recipe.Recipe, traces: Sequence[Path], plan: recipe.Fit) -> dict[str, Any]:
     """What a manifest says of where a run comes from: recipe, data, seeds."""
     return {
-        "recipe": chosen.name,
-        "recipe_sha256": checkpoint.recipe_hash(chosen, plan),
+        **checkpoint.recipe_facts(chosen, plan),
         "data_sha256": list(map(file_hash, traces)),
-        "seed": plan.seed,
         "data_seed": chosen.data.seed,
     }
 

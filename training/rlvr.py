@@ -17,7 +17,7 @@ import statistics
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from pytest_pocket import sandbox, task_list
@@ -384,8 +384,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     plan = chosen.rlvr
     stage.begin(options, plan.seed)
     parent, model, words = checkpoint.load(options.parent, chosen.weights)
-    recipe_sha256 = checkpoint.recipe_hash(chosen, plan)
-    state = stage.state(options, recipe_sha256, parent.digest)
+    known = checkpoint.recipe_facts(chosen, plan)
+    state = stage.state(options, known["recipe_sha256"], parent.digest)
     curve = learn(
         model,
         words,
@@ -404,10 +404,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         stage="rlvr",
         parent=parent,
         description="reinforcement learning with verifiable rewards on the training split of the tasks",
+        sampling=[
+            {"model": options.name, **asdict(Condition(prompt, think, plan.temperature))}
+            for prompt in plan.prompts
+            for think, share in ((False, 1 - plan.think), (True, plan.think))
+            if share
+        ],
         facts={
-            "recipe": chosen.name,
-            "recipe_sha256": recipe_sha256,
-            "seed": plan.seed,
+            **known,
             "tokens": int(sum(point["tokens"] for point in curve)),
             "minutes": round(curve[-1]["minutes"], 1) if curve else 0.0,
         },
