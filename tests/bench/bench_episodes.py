@@ -42,7 +42,7 @@ CALLS = {
     "two_empty_calls": (":", ":"),
     "two_calls": ("cat app.ini", "ls; cat README.md"),
 }
-"""What the sandbox itself costs, and what the three programs that the toy's two calls start add to it."""
+"""What the sandbox itself costs, with calls that start no program, and what the three of the toy's two calls add."""
 
 
 class Toy(Task):
