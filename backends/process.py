@@ -120,7 +120,9 @@ def free_port() -> int:
 def _keep(command: Sequence[str]) -> int:
     """Run a command until it ends or our standard input does."""
     try:
-        server = subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True)
+        # A group, and not a session: Linux shares processors out by session ("autogroup"), and a session that sleeps
+        # most of the time waits for one up to seconds where a server spins, as vLLM does.
+        server = subprocess.Popen(command, stdin=subprocess.DEVNULL, process_group=0)
     except OSError as error:
         print(f"cannot start {command[0]}: {error.strerror}")
         return 127
