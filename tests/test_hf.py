@@ -114,7 +114,10 @@ def test_openings_that_prompts_share_are_read_once_and_change_nothing(backend: H
 
 def test_a_prompt_that_is_no_longer_than_a_known_opening_is_read_all_the_same(backend: HFBackend) -> None:
     words = "one two three four five six seven eight nine ten " * 8
-    together(backend, [ask(words), ask(words + "more")])  # equal prompts are read once, and open nothing
+    for _ in range(50):  # until two different prompts join in one step: threads start when the machine lets them
+        together(backend, [ask(words), ask(words + "more")])
+        if backend._engine._batch._openings:
+            break
     first, *others = together(backend, [ask(words), ask(words + "more"), ask(words)])[::2]
     assert backend._engine._batch._openings
     assert {reply.completion_ids for reply in others} == {first.completion_ids}
