@@ -114,8 +114,9 @@ def test_openings_that_prompts_share_are_read_once_and_change_nothing(backend: H
 
 def test_a_prompt_that_is_no_longer_than_a_known_opening_is_read_all_the_same(backend: HFBackend) -> None:
     words = "one two three four five six seven eight nine ten " * 8
-    for _ in range(50):  # until two different prompts join in one step: threads start when the machine lets them
-        together(backend, [ask(words), ask(words + "more")])
+    # Many, so that while the first is read others wait, and then join in one step.
+    for _ in range(20):
+        together(backend, [ask(words), ask(words + "more")] * 8)
         if backend._engine._batch._openings:
             break
     first, *others = together(backend, [ask(words), ask(words + "more"), ask(words)])[::2]
