@@ -362,7 +362,7 @@ def saved(words: Any, tmp_path: Path) -> Path:
     curve = [{"tokens": 100, "loss": 2.0, "minutes": 0.1}, {"tokens": 200, "loss": 1.0, "dev_raw_pass": 0.5}]
     checkpoint.save(
         directory, tiny(words), words, name="mine", stage="sft", parent=Registry().resolve("base"),
-        description="", sampling=[], facts={}, curve=curve,
+        description="", facts={}, curve=curve,
     )  # fmt: skip
     return directory
 

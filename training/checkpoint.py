@@ -42,15 +42,14 @@ def save(
     stage: str,
     parent: Model | None,
     description: str,
-    sampling: Sequence[Mapping[str, Any]],
     facts: Mapping[str, Any],
     curve: Sequence[Mapping[str, float]],
 ) -> None:
     """Write a checkpoint: weights or adapter in bf16, tokenizer, chat template, curve, manifest.  Complete or not
     at all.
 
-    ``sampling`` has the conditions under which a model played the episodes that were learned from; none did where
-    oracles played them.
+    ``facts`` are the stage's own; ``sampling`` among them has the models and conditions that played the episodes that
+    were learned from, none where oracles did.
     """
     import torch
 
@@ -82,7 +81,6 @@ def save(
         "made": time.strftime("%Y-%m-%d", time.gmtime()),
         "hardware": f"{platform.machine()}, {os.cpu_count()} cores",
         "versions": {package: version(package) for package in ("torch", "transformers", "tokenizers")},
-        "sampling": list(sampling),
         **facts,
     }
     plot.draw(curve, partial / "curve.png")

@@ -200,7 +200,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parent, model, words = checkpoint.load(options.parent, chosen.weights)
     found, left_out = pairs(options.run, words, plan)
     print(json.dumps({"pairs": len(found), **left_out}), file=sys.stderr, flush=True)
-    known = checkpoint.recipe_facts(chosen, plan)
+    known = {**checkpoint.recipe_facts(chosen, plan), "sampling": data.sampling(options.run)}
     data_sha256 = [file_hash(directory / records.EPISODES) for directory in options.run]
     state = stage.state(options, known["recipe_sha256"], parent.digest, *data_sha256)
     curve = learn(
@@ -220,7 +220,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         stage="dpo",
         parent=parent,
         description=f"preferences between episodes of one training instance, beta {plan.beta}",
-        sampling=data.sampling(options.run),
         facts={
             **known,
             "pairs": len(found),

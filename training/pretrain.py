@@ -64,7 +64,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         stage="base",
         parent=None,
         description="tiny Qwen3, trained from scratch on agentic traces and Python source, without system prompts",
-        sampling=data.sampling_of([options.traces]),
         facts={**known, **spent(curve)},
         curve=curve,
     )
@@ -75,6 +74,7 @@ def facts(chosen: recipe.Recipe, traces: Sequence[Path], plan: recipe.Fit) -> di
     return {
         **checkpoint.recipe_facts(chosen, plan),
         "data_sha256": list(map(file_hash, traces)),
+        "sampling": data.sampling_of(traces),
         "data_seed": chosen.data.seed,
     }
 

@@ -404,14 +404,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         stage="rlvr",
         parent=parent,
         description="reinforcement learning with verifiable rewards on the training split of the tasks",
-        sampling=[
-            {"model": options.name, **asdict(Condition(prompt, think, plan.temperature))}
-            for prompt in plan.prompts
-            for think, share in ((False, 1 - plan.think), (True, plan.think))
-            if share
-        ],
         facts={
             **known,
+            "sampling": [
+                {"model": options.name, **asdict(Condition(prompt, think, plan.temperature))}
+                for prompt in plan.prompts
+                for think, share in ((False, 1 - plan.think), (True, plan.think))
+                if share
+            ],
             "tokens": int(sum(point["tokens"] for point in curve)),
             "minutes": round(curve[-1]["minutes"], 1) if curve else 0.0,
         },

@@ -47,7 +47,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         stage="sft",
         parent=parent,
         description="supervised fine-tuning on validated traces",
-        sampling=data.sampling_of(paths),
         facts={**known, **spent(curve)},
         curve=curve,
     )
