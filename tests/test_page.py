@@ -51,6 +51,7 @@ def family() -> Path:
 def browser() -> Iterator[Browser]:
     sandbox = ["--no-sandbox"] if os.geteuid() == 0 else []
     path = next(filter(None, map(shutil.which, BROWSERS)))
+    expect.set_options(timeout=30_000)  # a machine that runs other tests beside this one is slow
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=path, args=[*QUIET, *sandbox])
         yield browser
@@ -62,7 +63,11 @@ Opener = Callable[..., Page]
 
 @pytest.fixture
 def view(browser: Browser, tmp_path: Path) -> Iterator[Opener]:
-    """Opens a page of runs from disk, offline; fails on any message in the console and on any request."""
+    """Opens a page of runs from disk, offline; fails on any message in the console and on any request.
+
+    Wait with `expect`: `wait_for_function` evaluates text whenever its first look came too early, and the
+    page's content security policy forbids that.
+    """
     heard: list[str] = []
     contexts = []
 
@@ -179,9 +184,7 @@ def test_every_number_leads_to_the_episodes_that_it_counts(view: Opener) -> None
     link = shown.locator("#ledger tbody td a >> nth=0")
     number = link.inner_text()
     link.click()
-    shown.wait_for_function(
-        "start => document.getElementById('count').textContent.startsWith(start)", arg=f"{number} of"
-    )
+    expect(shown.locator("#count")).to_have_text(f"{number} of {len(found)} episodes")
     other = view(family(), fragment=shown.evaluate("location.hash"))
     expect(other.locator("#count")).to_have_text(f"{number} of {len(found)} episodes")
 
@@ -203,7 +206,7 @@ def test_whole_episodes_are_searched_when_asked_for(view: Opener) -> None:
     shown.fill("#filters [name=words]", "needle")
     expect(shown.locator("#count")).to_have_text("0 of 2 episodes")
     shown.check("#filters [name=whole]")
-    shown.wait_for_function("document.getElementById('count').textContent === '1 of 2 episodes'")
+    expect(shown.locator("#count")).to_have_text("1 of 2 episodes")
 
 
 def test_back_closes_an_episode_and_the_list_is_as_it_was(view: Opener) -> None:
@@ -250,7 +253,7 @@ def test_words_find_episodes_and_arrows_walk_through_them(view: Opener) -> None:
     shown.wait_for_selector("dialog[open]")
     first = shown.url
     shown.click("#after")
-    shown.wait_for_function("first => location.href !== first", arg=first)
+    expect(shown).not_to_have_url(first)
     assert shown.inner_text("#episode-h").startswith("rename_symbol")
 
 
