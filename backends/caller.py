@@ -18,6 +18,7 @@ import tenacity
 from pytest_pocket.chat import Cancelled, EngineError
 
 T = TypeVar("T")
+W = TypeVar("W")
 TRIES = 4
 LONGEST_WAIT = 8.0
 """Seconds between two tries, at most; an engine that is busy says itself (Retry-After) when to come back."""
@@ -96,6 +97,12 @@ class Caller:
         Raises EngineError for the server's faults, Cancelled after ``cancel``; other errors are the caller's to
         understand: answers of the server that are no fault of the line.
         """
+        return self.call_beside(lambda: None, request, seconds)[1]
+
+    def call_beside(
+        self, work: Callable[[], W], request: Callable[[], Awaitable[T]], seconds: float | None = None
+    ) -> tuple[W, T]:
+        """What ``work`` gives, which this thread does while the engine works on its answer, and the answer."""
         with self._lock:
             if self._cancelled:
                 raise Cancelled
@@ -103,7 +110,7 @@ class Caller:
             future = asyncio.run_coroutine_threadsafe(self._persist(request, seconds), self._loop)
             self._known.add(future)
         try:
-            return future.result()
+            return work(), future.result()
         except concurrent.futures.CancelledError:
             raise Cancelled from None
         except TimeoutError as error:
@@ -116,6 +123,7 @@ class Caller:
                 raise EngineError(self._explain(error)) from error
             raise
         finally:
+            future.cancel()  # it is done, unless ``work`` has failed
             with self._lock:
                 self._known.discard(future)
 

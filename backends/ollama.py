@@ -16,7 +16,7 @@ import re
 import shutil
 import threading
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from typing import Any, cast
 
 import httpx
@@ -108,7 +108,11 @@ class OllamaBackend:
         heard = _Heard()
         try:
             end = in_time(request.seconds)
-            self._caller.call(lambda: self._stream(request, heard, end), request.seconds or START_SECONDS)
+            own, _ = self._caller.call_beside(
+                lambda: self._tripwire.own(request),
+                lambda: self._stream(request, heard, end),
+                request.seconds or START_SECONDS,
+            )
         except ollama.ResponseError as error:
             text = one_line(error.error)
             evidence = {**self._sent(request), "error": text}
@@ -132,7 +136,7 @@ class OllamaBackend:
             raise
         except Exception as error:  # an answer that is none of Ollama's
             raise EngineError(self._explain(error)) from error
-        return self._reply(request, heard)
+        return self._reply(request, heard, own)
 
     def cancel(self) -> None:
         """Make requests in flight, and later ones, raise Cancelled at once."""
@@ -246,7 +250,7 @@ class OllamaBackend:
                     break
         check_whole(heard.done or heard.late, heard.anything or heard.completion_tokens, self)
 
-    def _reply(self, request: ChatRequest, heard: _Heard) -> ChatReply:
+    def _reply(self, request: ChatRequest, heard: _Heard, own: Sequence[int] | None) -> ChatReply:
         said = wire.Said("".join(heard.content), "".join(heard.thinking), tuple(heard.calls))
         parsed = wire.read(said, request.tools)
         evidence: Evidence = {
@@ -265,7 +269,7 @@ class OllamaBackend:
                 f"{self} wrote {heard.completion_tokens} tokens where {request.sampling.max_tokens} were allowed: "
                 "num_predict is not honoured"
             )
-        truncated = not late and self._tripwire.cut(request, heard.prompt_tokens, evidence)
+        truncated = not late and self._tripwire.cut(request, heard.prompt_tokens, own, evidence)
         if truncated:
             evidence["mend"] = self._widen()
         return ChatReply(

@@ -51,6 +51,7 @@ llama.cpp is asked to leave the text alone (``tool_choice``); vLLM tells the tok
 """
 STREAMED = ("vllm",)
 """Servers that tell the sampled tokens in a stream too, so that how they parse it does not matter."""
+COMPLETIONS = "/chat/completions"
 THINK_BY = ("chat_template_kwargs", "none")
 START_SECONDS = 300.0
 """How long a probe may take: a server may load the model at its first request."""
@@ -221,7 +222,7 @@ class OpenAIBackend:
             "seed": sampling.seed % 2**31,
             "max_tokens": max_tokens,
             "logprobs": True,
-            "extra_body": body,
+            **body,
         }
         end = in_time(request.seconds)
         tries: list[float] = []
@@ -232,16 +233,20 @@ class OpenAIBackend:
             self._check(answer, count, max_tokens)
             return answer
 
-        answer = self._caller.call(once, request.seconds)
-        return [self._reply(request, answer, index, max_tokens, tries) for index in range(count)]
+        own, answer = self._caller.call_beside(lambda: self._tripwire.own(request), once, request.seconds)
+        return [self._reply(request, answer, index, own, max_tokens, tries) for index in range(count)]
 
     async def _complete(self, fields: Mapping[str, Any], count: int, end: float | None) -> Answer:
         answer = Answer([Choice() for _ in range(count)])
-        create = self._client.chat.completions.create
+        # As plain JSON: see completion.py.
         if self._dialect not in STREAMED:
-            return answer.fill(await create(**fields))
+            return answer.fill(await self._client.post(COMPLETIONS, body=fields, cast_to=object))
         watch = Watch(end)
-        async with await create(stream=True, stream_options={"include_usage": True}, **fields) as stream:
+        fields = {**fields, "stream": True, "stream_options": {"include_usage": True}}
+        parts = openai.AsyncStream[object]
+        async with await self._client.post(
+            COMPLETIONS, body=fields, cast_to=object, stream=True, stream_cls=parts
+        ) as stream:
             async for chunk in stream:
                 known = answer.sampled
                 answer.add(chunk)
@@ -262,7 +267,13 @@ class OpenAIBackend:
             check_length(choice.characters, max_tokens, self)
 
     def _reply(
-        self, request: ChatRequest, answer: Answer, index: int, max_tokens: int, tries: list[float]
+        self,
+        request: ChatRequest,
+        answer: Answer,
+        index: int,
+        own: Sequence[int] | None,
+        max_tokens: int,
+        tries: list[float],
     ) -> ChatReply:
         choice, several = answer.choices[index], len(answer.choices) > 1
         late = answer.late and not choice.finish
@@ -307,7 +318,7 @@ class OpenAIBackend:
                 f"{self} thinks though it was told not to, and has no switch: think off is not honoured"
             )
         evidence["calls_read_by"] = "engine" if theirs.calls and self._calls_by == "engine" else "suite"
-        truncated = self._tripwire.cut(request, prompt_tokens, evidence, answer.prompt_ids)
+        truncated = self._tripwire.cut(request, prompt_tokens, own, evidence, answer.prompt_ids)
         if truncated:
             evidence["mend"] = self._widen()
         return ChatReply(

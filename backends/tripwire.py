@@ -30,15 +30,23 @@ class Tripwire:
         self._counts: OrderedDict[bytes, int] = OrderedDict()
         self._lock = threading.Lock()
 
+    def own(self, request: ChatRequest) -> Sequence[int] | None:
+        """The prompt's ids by the checkpoint's own tokenizer, where it is known: what the count is held against."""
+        return None if self._reference is None else self._reference.ids(request)
+
     def cut(
-        self, request: ChatRequest, counted: int, evidence: Evidence, prompt_ids: Sequence[int] = ()
+        self,
+        request: ChatRequest,
+        counted: int,
+        own: Sequence[int] | None,
+        evidence: Evidence,
+        prompt_ids: Sequence[int] = (),
     ) -> bool:
         """Whether the engine, which counted so many tokens, has read less than it was given.
 
-        What the count was held against goes into ``evidence``.
+        ``own`` is what ``own`` has told of the request.  What the count was held against goes into ``evidence``.
         """
-        if self._reference is not None:
-            own = self._reference.ids(request)
+        if own is not None:
             evidence["own_prompt_tokens"] = len(own)
             if prompt_ids:
                 evidence["prompt_is_reference"] = int(tuple(own) == tuple(prompt_ids))

@@ -27,10 +27,10 @@ from pytest_pocket.backends.process import Process, free_port
 from pytest_pocket.chat import ChatReply, ChatRequest
 from pytest_pocket.registry import Model, ModelError
 
-STREAM_INTERVAL = 8
+STREAM_INTERVAL = 16
 """Tokens in a part of a stream: each part costs the server and us processor time, however little is in it.
 
-Few enough that a server which writes 1.6 tokens a second, to each request, sends one within caller.MARGIN, before
+Few enough that a server which writes 3.2 tokens a second, to each request, sends one within caller.MARGIN, before
 an episode's time is up; where a slower one's reply is ended by time, that is the server's fault and not the model's.
 """
 RANKS = (8, 16, 32, 64, 128, 256, 320, 512)

@@ -36,7 +36,7 @@ def test_a_prompt_that_was_read_whole_is_never_cut_with_or_without_a_tokenizer(
         ids = REFERENCE.ids(asked)
         for wire in (exact, bounds):
             evidence: dict[str, str | int | float] = {}
-            assert not wire.cut(asked, len(ids), evidence, ids)
+            assert not wire.cut(asked, len(ids), wire.own(asked), evidence, ids)
             assert evidence
 
 
@@ -46,7 +46,7 @@ def test_with_a_tokenizer_a_single_missing_token_is_seen(said: list[tuple[str, s
     asked = request(said)
     ids = REFERENCE.ids(asked)
     evidence: dict[str, str | int | float] = {}
-    assert Tripwire(REFERENCE).cut(asked, len(ids) - 1, evidence, ids[1:])
+    assert Tripwire(REFERENCE).cut(asked, len(ids) - 1, ids, evidence, ids[1:])
     assert evidence["prompt_is_reference"] == 0
 
 
@@ -54,15 +54,15 @@ def test_without_one_a_conversation_that_shrinks_is_seen() -> None:
     wire = Tripwire(None)
     said = [("user", "look"), ("assistant", "I look."), ("tool", "word " * 300)]
     whole = len(REFERENCE.ids(request(said)))
-    assert not wire.cut(request(said), whole, {})
+    assert not wire.cut(request(said), whole, None, {})
     more = [*said, ("assistant", "done"), ("user", "again")]
-    assert wire.cut(request(more), whole - LAYOUT - 1, {})
-    assert not wire.cut(request(more), whole + 4, {})
+    assert wire.cut(request(more), whole - LAYOUT - 1, None, {})
+    assert not wire.cut(request(more), whole + 4, None, {})
 
 
 def test_thinking_that_a_template_drops_is_no_cut() -> None:
     wire = Tripwire(None)
     asked = request([("user", "look")])
-    assert not wire.cut(asked, 900, {})
+    assert not wire.cut(asked, 900, None, {})
     thought = (*asked.messages, Message("assistant", "x", thinking="long " * 500), Message("user", "go on"))
-    assert not wire.cut(ChatRequest(thought, SCHEMAS, Sampling()), 500, {})
+    assert not wire.cut(ChatRequest(thought, SCHEMAS, Sampling()), 500, None, {})
