@@ -109,10 +109,15 @@ class HFBackend:
     ) -> None:
         if batch < 1:
             raise ModelError(f"batch {batch} is not at least 1")
-        path, adapter = base_of(path, adapter)
+        base, adapter = base_of(path, adapter)
         device = pick_device(device)
         dtype = dtype or ("float32" if device == "cpu" else "auto")
-        self._serve(load_model(path, adapter, device, dtype), load_tokenizer(path), path, batch)
+        try:
+            self._serve(load_model(base, adapter, device, dtype), load_tokenizer(base), base, batch)
+        except ModelError as error:
+            if adapter == path:  # nobody but the adapter has named the base
+                raise ModelError(f"{error} (it is the base that adapter {adapter} names)") from error
+            raise
 
     @classmethod
     def around(cls, model: Any, tokenizer: Any, batch: int = 64) -> HFBackend:
@@ -671,9 +676,14 @@ def _concatenate(cache: Any, other: Any, width: int) -> None:
                     held[index] = torch.cat([state, getattr(more, states)[index]])
 
 
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error means that there is too little memory: torch has no one class for it."""
+    said = ("out of memory", "can't allocate memory", "Cannot allocate memory")
+    return isinstance(error, MemoryError) or any(words in str(error) for words in said)
+
+
 def _engine_error(error: Exception) -> EngineError:
-    text = str(error)
-    if "out of memory" in text or "can't allocate memory" in text:
+    if out_of_memory(error):
         return EngineError("the engine ran out of memory: reduce --pocket-in-flight")
     return EngineError(f"the engine failed: {type(error).__name__}: {first_line(error)}")
 
@@ -770,7 +780,7 @@ def load_tokenizer(path: str) -> Any:
             path, local_files_only=Path(path).is_dir(), trust_remote_code=False
         )
     except Exception as error:
-        raise ModelError(f"cannot load the tokenizer of {path!r}: {first_line(error)}") from error
+        raise ModelError(_cannot_load(f"the tokenizer of {path!r}", path, error)) from error
 
 
 def render(
@@ -798,6 +808,17 @@ def render(
     )
 
 
+def _cannot_load(what: str, path: str, error: BaseException) -> str:
+    """Why something cannot be loaded, and what to do, in one line."""
+    if out_of_memory(error):
+        return f"no memory to load {what}: choose a smaller model, or a smaller dtype (bfloat16)"
+    if Path(path).is_dir():
+        return f"cannot load {what}: {first_line(error)}; save or fetch it again"
+    return (
+        f"cannot load {what}: no folder of that name is here, and as a name on the hub: {first_line(error)}"
+    )
+
+
 def load_model(path: str, adapter: str | None, device: str, dtype: str) -> Any:
     """The model, ready to run.  Raises ModelError when a weight is missing, rather than run a random one."""
     import torch
@@ -821,7 +842,7 @@ def load_model(path: str, adapter: str | None, device: str, dtype: str) -> Any:
             output_loading_info=True,
         )
     except Exception as error:
-        raise ModelError(f"cannot load model {path!r}: {first_line(error)}") from error
+        raise ModelError(_cannot_load(f"model {path!r}", path, error)) from error
     model, info = loaded
     missing = sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]]))
     if missing:
@@ -832,8 +853,8 @@ def load_model(path: str, adapter: str | None, device: str, dtype: str) -> Any:
         model = _add_adapter(model, path, adapter)
     try:
         return model.to(device).eval()
-    except (RuntimeError, AssertionError) as error:
-        raise ModelError(f"cannot put {path} on {device}: {first_line(error)}") from error
+    except (RuntimeError, AssertionError, MemoryError) as error:
+        raise ModelError(_cannot_load(f"{path!r} on {device}", path, error)) from error
 
 
 def _add_adapter(model: Any, path: str, adapter: str) -> Any:

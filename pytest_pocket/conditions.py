@@ -95,10 +95,12 @@ def grid(
         if think not in THINK:
             raise ConditionError(f"unknown think value {think!r}: choose from {', '.join(THINK)}")
         try:
-            values = float(temperature), int(best_of)
+            degrees = float(temperature)
         except ValueError:
-            raise ConditionError(
-                f"temperature {temperature!r} and best-of {best_of!r} must be numbers"
-            ) from None
-        conditions.append(Condition(prompt, THINK[think], *values))
+            raise ConditionError(f"temperature {temperature!r} is no number: write 0 or 0.7") from None
+        try:
+            candidates = int(best_of)
+        except ValueError:
+            raise ConditionError(f"best-of {best_of!r} is no whole number: write 1 or 4") from None
+        conditions.append(Condition(prompt, THINK[think], degrees, candidates))
     return list(dict.fromkeys(conditions))

@@ -10,6 +10,7 @@ import functools
 import gc
 import importlib
 import importlib.util
+import os
 import sys
 import types
 from collections.abc import Callable, Generator, Iterable, Iterator
@@ -143,6 +144,8 @@ def pytest_configure(config: pytest.Config) -> None:
             raise options.OptionError("--pocket-executor ray plays in Ray's workers: run it without -n")
         _hooked_tasks(config)
         command = ("pytest", *map(str, config.invocation_params.args))
+        if added := os.environ.get("PYTEST_ADDOPTS"):
+            command = ("env", f"PYTEST_ADDOPTS={added}", *command)
         session = Session(asked, _registry(config), command, config.rootpath)
         if (told := getattr(config, "workerinput", {}).get("pocket")) is not None:
             session.join(told)
@@ -469,8 +472,12 @@ class Playing:
             return (yield)
         if not (cells := _cells(session.items)):
             return (yield)
+        from pytest_pocket import task_list
+
         try:
             with _usage_errors():
+                for name in self.session.options.must_pass:
+                    task_list.find(name)
                 self.session.open(cells)
             self.session.start_pool(cells)
             return (yield)
@@ -554,7 +561,12 @@ def _pocket_attempt(request: pytest.FixtureRequest, pocket_cell: Cell | None) ->
     from pytest_pocket.registry import ModelError
 
     if pocket_cell is None:
-        pytest.skip(_no_model(request.config))
+        try:
+            why = _no_model(request.config)
+        except pytest.UsageError as error:
+            request.session.shouldstop = str(error)
+            pytest.fail(str(error), pytrace=False)
+        pytest.skip(why)
     session = request.config.stash[SESSION]
     reason, ends = "", True
     try:
@@ -600,10 +612,14 @@ def _usage_errors() -> Iterator[None]:
 
 def _registry(config: pytest.Config) -> Registry:
     """The models and backends that this session knows.  Raises ModelError."""
-    from pytest_pocket.registry import Registry, from_pyproject
+    from pytest_pocket.registry import Model, ModelError, Registry, from_pyproject
 
     models = from_pyproject(config.rootpath / "pyproject.toml")
     for added in config.hook.pytest_pocket_models():
+        if wrong := [each for each in added if not isinstance(each, Model)]:
+            raise ModelError(
+                f"the hook pytest_pocket_models gave {wrong[0]!r}: give a list of registry.Model"
+            )
         models.extend(added)
     backends = {}
     for added in config.hook.pytest_pocket_backends():

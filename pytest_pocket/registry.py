@@ -13,7 +13,7 @@ import re
 import tomllib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from importlib import resources
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
@@ -161,7 +161,7 @@ def read_manifest(directory: Path) -> Model:
         named = f" (schemas that differ: {', '.join(changed)})" if changed else ""
         raise ModelError(
             f"checkpoint {name!r} in {directory} was made for another suite: {', '.join(different)}{named}; "
-            "train it again, or run it unpinned as hf:PATH"
+            f"train it again, or run it unpinned as hf:{directory}"
         )
     target, adapter = str(directory), ""
     if adapter_of:
@@ -169,6 +169,24 @@ def read_manifest(directory: Path) -> Model:
     return Model(
         name, "hf", target, adapter, parent, stage, sha256_json(files), str(manifest.get("description", ""))
     )
+
+
+def check_files(model: Model) -> None:
+    """Hold the files of a model that has a manifest, and of its base, against it.  Raises ModelError.
+
+    What is recorded of a model is what its manifest says; this is what makes it true of the weights that run.
+    """
+    if not model.digest:
+        return
+    for directory in map(Path, filter(None, (model.target, model.adapter))):
+        if not (directory / MANIFEST).is_file():
+            continue
+        for name, digest in json.loads((directory / MANIFEST).read_text())["files"].items():
+            if file_hash(directory / name) != digest:
+                raise ModelError(
+                    f"{directory / name} is not the file that the manifest beside it was written for: "
+                    f"fetch the checkpoint again, or run it unpinned as hf:{directory}"
+                )
 
 
 def _base(directory: Path, name: str, adapter_of: str, parent: str) -> str:
@@ -224,8 +242,13 @@ def from_pyproject(path: Path) -> list[Model]:
             )
         try:
             models.append(Model(name=name, **table))
-        except TypeError as error:
-            raise ModelError(f"[tool.pocket.models.{name}] in {path}: {error}") from None
+        except TypeError:
+            keys = [each.name for each in fields(Model) if each.name != "name"]
+            unknown = [key for key in table if key not in keys]
+            problem = (
+                f"unknown key {unknown[0]!r}: choose from {', '.join(keys)}" if unknown else "give a backend"
+            )
+            raise ModelError(f"[tool.pocket.models.{name}] in {path}: {problem}") from None
     return models
 
 
@@ -324,6 +347,8 @@ class Registry:
             return self._served(name, backend, target)
         if (Path(name) / MANIFEST).is_file():
             return self._known(read_manifest(Path(name)))
+        if (Path(name) / "config.json").is_file():
+            raise ModelError(f"the folder {name!r} holds no {MANIFEST}: write hf:{name}")
         raise ModelError(
             f"unknown model {name!r}: choose from {', '.join(self.models)}, "
             f"or write {', '.join(f'{backend}:...' for backend in self.backends if backend not in ('oracle', 'noop'))}"
@@ -331,15 +356,18 @@ class Registry:
 
     def build(self, model: Model) -> Backend:
         """The engine of a model, loaded.  Raises ModelError."""
+        check_files(model)
         return self.backends[model.backend](model)
 
     def _served(self, name: str, backend: str, target: str) -> Model:
         """A model written as BACKEND:TARGET."""
+        if backend not in ("vllm", "ollama", "openai"):
+            return Model(name, backend, target)
         served = target.partition("@")[0] if backend == "openai" else target
         checkpoint = self.models.get(served)
         if checkpoint is None and (Path(served) / MANIFEST).is_file():
             checkpoint = read_manifest(Path(served))
-        if checkpoint is None or checkpoint.backend != "hf" or backend not in ("vllm", "ollama", "openai"):
+        if checkpoint is None or checkpoint.backend != "hf":
             return Model(name, backend, target)
         if backend == "vllm":
             # The very files: what they are is known.  Another engine's copy only bears the name.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from pytest_pocket.attempt import Attempt
 from pytest_pocket.chat import Message, ToolCall
@@ -26,6 +26,8 @@ def compact(attempt: Attempt) -> str:
     lines = [_headline(episode), f"  {_about(attempt)}"]
     if len(failed := _failed(episode)) > 1:
         lines += [f"  check {safe(line)}" for line in failed]
+    if episode.score and episode.instance.expect:
+        lines.append(f"  expected {_expected(episode.instance.expect)}")
     shown = [message for message in episode.messages if message.role != "system"]
     blocks = [list(_message(message)) for message in shown]
     if len(blocks) > TURNS:
@@ -72,6 +74,11 @@ def _about(attempt: Attempt) -> str:
         ends = ", ".join(each.outcome for each in attempt.episodes)
         parts.append(f"candidate {attempt.chosen + 1} of {len(attempt.episodes)} ({ends})")
     return " · ".join(parts)
+
+
+def _expected(expect: Mapping[str, object]) -> str:
+    """What the task knows of the right result, on one line: the answer above all, where there is one."""
+    return safe(", ".join(f"{key} {value!r}"[:WIDTH] for key, value in expect.items()))[: 2 * WIDTH]
 
 
 def _message(message: Message) -> Iterator[str]:

@@ -9,6 +9,7 @@ import pytest
 
 from pytest_pocket import task_list
 from pytest_pocket.attempt import Attempt, Cell, attempt, choose
+from pytest_pocket.backends.scripted import NoopBackend
 from pytest_pocket.chat import Cancelled, ChatReply, ChatRequest
 from pytest_pocket.conditions import Condition
 from pytest_pocket.episode import Budget, Ending, Episode, Workshop
@@ -145,6 +146,13 @@ def test_a_trajectory_is_short_and_harmless() -> None:
     assert "[840 more characters]" in text
     assert "messages left out]" in text
     assert len(text.splitlines()) < 200
+
+
+def test_a_failure_shows_what_the_task_expected(workshop: Workshop) -> None:
+    cell = Cell("read_value", "m", Condition(), 1)
+    done = attempt(cell, NoopBackend(), workshop, Budget(), 0, "eval")
+    right = done.episode.instance.expect["value"]
+    assert f"  expected value {right!r}, " in compact(done)
 
 
 def _read(**given: str) -> Options:

@@ -26,11 +26,11 @@ def test_a_slug_names_every_part() -> None:
     [
         ((["loud"], ["off"], ["0"], ["1"]), "unknown prompt 'loud': choose from raw, full, verbose"),
         ((["raw"], ["maybe"], ["0"], ["1"]), "unknown think value 'maybe': choose from off, on"),
-        ((["raw"], ["off"], ["warm"], ["1"]), "'warm'"),
+        ((["raw"], ["off"], ["warm"], ["1"]), "temperature 'warm' is no number"),
         ((["raw"], ["off"], ["nan"], ["1"]), "nan is not in"),
         ((["raw"], ["off"], ["-1"], ["1"]), "-1 is not in"),
         ((["raw"], ["off"], ["0.5"], ["0"]), "best-of 0 is not at least 1"),
-        ((["raw"], ["off"], ["0.5"], ["1.5"]), "'1.5'"),
+        ((["raw"], ["off"], ["0.5"], ["1.5"]), "best-of '1.5' is no whole number"),
         ((["raw"], ["off"], ["0"], ["4"]), "set --pocket-temperature above 0"),
     ],
 )

@@ -84,9 +84,15 @@ def test_tasks_that_must_pass_fail_a_session_whose_mean_is_good(project: Project
 
 
 def test_a_task_that_must_pass_and_was_not_played_fails(project: Project) -> None:
-    result = project.run("--pocket-model=oracle", "--pocket-must-pass=gret")
+    result = project.run("--pocket-model=oracle", "--pocket-must-pass=read_value")
     assert result.ret == pytest.ExitCode.TESTS_FAILED
-    result.stdout.fnmatch_lines(["pocket: --pocket-must-pass gret: no such task was played"])
+    result.stdout.fnmatch_lines(["pocket: --pocket-must-pass read_value: no such task was played"])
+
+
+def test_a_task_that_must_pass_and_is_unknown_is_a_usage_error_before_anything_runs(project: Project) -> None:
+    result = project.run("--pocket-model=oracle", "--pocket-must-pass=gret")
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    result.stderr.fnmatch_lines(["ERROR: unknown task 'gret': choose from *read_value*greet*"])
 
 
 @pytest.mark.parametrize("workers", [(), ("-n2",)], ids=["serial", "xdist"])

@@ -266,6 +266,33 @@ def test_a_broken_manifest_is_a_usage_error(project: Project) -> None:
     result.stderr.fnmatch_lines(["ERROR: broken manifest *checkpoint/pocket.json*"])
 
 
+def test_a_broken_table_of_models_is_one_line_for_a_session_without_a_model_too(project: Project) -> None:
+    (project.path / "pyproject.toml").write_text("[tool.pocket.models.mine]\nbackends = 'hf'\n")
+    result = project.run()
+    assert result.ret not in (pytest.ExitCode.OK, pytest.ExitCode.INTERNAL_ERROR)
+    result.stdout.fnmatch_lines(["[[]tool.pocket.models.mine] in *: unknown key 'backends': choose from *"])
+    result.stdout.no_fnmatch_line("*Traceback*")
+    result.stdout.no_fnmatch_line("*plugin.py*")
+
+
+def test_a_hook_that_gives_no_model_is_a_usage_error(project: Project) -> None:
+    text = (project.path / "conftest.py").read_text()
+    project.pytester.makeconftest(text + "\n\ndef pytest_pocket_models():\n    return ['mine']\n")
+    result = project.run("--pocket-model=oracle")
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    result.stderr.fnmatch_lines(["ERROR: the hook pytest_pocket_models gave 'mine': give a list of *Model"])
+
+
+def test_options_from_the_environment_are_recorded_with_the_command(
+    project: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTEST_ADDOPTS", "--runs=2")
+    project.run("--pocket-model=oracle")
+    info = json.loads((project.path / "records" / "run.json").read_text())
+    assert info["command"][:3] == ["env", "PYTEST_ADDOPTS=--runs=2", "pytest"]
+    assert info["options"]["runs"] == 2
+
+
 def test_without_a_sandbox_the_session_stops_and_says_what_to_do(
     project: Project, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from pytest_pocket import registry
+from pytest_pocket.backends.scripted import NoopBackend
 from pytest_pocket.registry import Model, ModelError, Registry
 from pytest_pocket.task import SUITE_VERSION
 
@@ -58,6 +59,30 @@ def test_a_checkpoint_directory_is_a_model(tmp_path: Path) -> None:
     assert (model.name, model.backend, model.target, model.parent) == ("mine", "hf", str(directory), "base")
     assert len(model.digest) == 64
     assert [found.name for found in registry.from_checkpoints(tmp_path)] == ["mine"]
+
+
+@pytest.mark.parametrize("changed", ["base", "mine"])
+def test_weights_that_are_not_the_manifests_are_refused(tmp_path: Path, changed: str) -> None:
+    checkpoint(tmp_path / "base")
+    directory = checkpoint(tmp_path / "mine", adapter_of="../base")
+    (tmp_path / changed / "model.safetensors").write_bytes(b"others")
+    known = Registry(backends={"hf": lambda model: NoopBackend()})
+    with pytest.raises(ModelError, match=r"is not the file that the manifest .*: fetch .* hf:/") as caught:
+        known.build(known.resolve(str(directory)))
+    assert str(tmp_path / changed / "model.safetensors") in str(caught.value)
+
+
+def test_a_checkpoint_of_another_suite_runs_unpinned(tmp_path: Path) -> None:
+    directory = checkpoint(tmp_path / "old", suite="0")
+    with pytest.raises(ModelError, match=f"or run it unpinned as hf:{directory}"):
+        Registry().resolve(str(directory))
+    assert Registry().resolve(f"hf:{directory}") == Model(f"hf:{directory}", "hf", str(directory))
+
+
+def test_a_folder_of_weights_without_a_manifest_says_how_it_is_written(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ModelError, match=f"holds no pocket.json: write hf:{tmp_path}"):
+        Registry().resolve(str(tmp_path))
 
 
 def test_an_adapter_is_put_on_its_base(tmp_path: Path) -> None:
@@ -136,6 +161,12 @@ def test_a_bad_table_in_pyproject_is_one_clear_line(tmp_path: Path, text: str) -
     with pytest.raises(ModelError, match=r"pyproject\.toml") as caught:
         Registry(registry.from_pyproject(tmp_path / "pyproject.toml"))
     assert "\n" not in str(caught.value)
+
+
+def test_a_misspelt_key_in_pyproject_names_the_keys(tmp_path: Path) -> None:
+    (tmp_path / "pyproject.toml").write_text("[tool.pocket.models.mine]\nbackends = 'hf'\n")
+    with pytest.raises(ModelError, match="unknown key 'backends': choose from backend, target, adapter"):
+        registry.from_pyproject(tmp_path / "pyproject.toml")
 
 
 def test_a_model_of_an_unknown_backend_is_refused() -> None:

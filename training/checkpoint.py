@@ -21,6 +21,7 @@ from pytest_pocket.registry import (
     Model,
     ModelError,
     Registry,
+    check_files,
     file_hash,
     parser_hash,
     sha256_json,
@@ -134,6 +135,7 @@ def load(name: str, weights: Weights) -> tuple[Model, Any, Any]:
     try:
         for folder in filter(Path.is_dir, map(Path, filter(None, (found.target, found.adapter)))):
             vet(folder)
+        check_files(found)
         words = AutoTokenizer.from_pretrained(
             found.adapter or found.target, local_files_only=here, trust_remote_code=False
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -73,6 +74,7 @@ def begin(options: argparse.Namespace, seed: int) -> None:
         torch.set_num_threads(options.threads)
     torch.manual_seed(seed)
     checkpoint.origin()
+    _made[:] = [folder for folder in (options.out, *options.out.parents) if not folder.exists()]
     options.out.mkdir(parents=True, exist_ok=True)
 
 
@@ -106,6 +108,12 @@ def run(main: Main, argv: Sequence[str] | None = None) -> None:
         _stop("interrupted: the same command goes on from the last saved state")
 
 
+_made: list[Path] = []
+
+
 def _stop(line: str) -> None:
+    for folder in _made:
+        with contextlib.suppress(OSError):  # it holds something
+            folder.rmdir()
     print(f"pocket train: {line}", file=sys.stderr)
     raise SystemExit(USAGE)

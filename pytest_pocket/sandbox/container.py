@@ -331,20 +331,22 @@ class ContainerProvider:
     def probe(self) -> None:
         """Start a container and look for what the tasks use.  Raises SandboxUnavailable."""
         if shutil.which(self.name) is None:
-            raise SandboxUnavailable(f"{self.name} is not installed")
+            raise SandboxUnavailable(f"{self.name} is not installed: install it, or choose another sandbox")
         try:
             sandbox = self.open({"probe": "ok\n"})
         except SandboxError as error:
             raise SandboxUnavailable(
-                f"{self.name} does not work here: {error}. Is its service running, and the image "
-                f"{image()} there (`{self.name} pull {image()}`, or POCKET_SANDBOX_IMAGE)?"
+                f"{self.name} does not work here: {' '.join(str(error).split())}. Is its service running, and the "
+                f"image {image()} there (`{self.name} pull {image()}`, or POCKET_SANDBOX_IMAGE)?"
             ) from error
         try:
             found = sandbox.run(
                 "cat probe; for c in git python3 grep; do $c --version >/dev/null || echo $c; done"
             )
         except SandboxError as error:
-            raise SandboxUnavailable(f"{self.name} does not work here: {error}") from error
+            raise SandboxUnavailable(
+                f"{self.name} does not work here: {' '.join(str(error).split())}"
+            ) from error
         finally:
             sandbox.close()
         if found.output != b"ok\n":
