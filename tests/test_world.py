@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +14,7 @@ import torch
 from tiny_models import make_qwen3
 from transformers import AutoModelForCausalLM
 
-from pytest_pocket.training import fit, world
+from pytest_pocket.training import fit, recipe, world
 from pytest_pocket.training.fit import Rendered
 
 BATCHES = [
@@ -62,12 +64,16 @@ def test_two_processes_make_the_step_that_one_makes_with_both_batches(tmp_path: 
     script.write_text(PROCESS)
     subprocess.run(
         [
-            # What accelerate's own launcher starts where there are GPUs.
             *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"),
             *(script, path, tmp_path),
         ],
         check=True,
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parent), "HF_HOME": str(tmp_path)},
+        env={
+            **os.environ,
+            "PYTHONPATH": str(Path(__file__).parent),
+            "HF_HOME": str(tmp_path),
+            "OMP_NUM_THREADS": "1",
+        },
     )
     alone = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
     averaged(alone, BATCHES)
@@ -75,3 +81,64 @@ def test_two_processes_make_the_step_that_one_makes_with_both_batches(tmp_path: 
     for name, value in alone.state_dict().items():
         torch.testing.assert_close(ends[0][name], value)
         assert torch.equal(ends[0][name], ends[1][name])
+
+
+COUNT = 240
+LENGTH = 16
+CURVE = """
+import json, sys
+from pathlib import Path
+from test_world import examples, fitted
+
+curve = fitted(sys.argv[1], Path(sys.argv[2]), [[[each]] for each in examples()])
+from pytest_pocket.training import world
+assert world.size() == 2
+if world.is_first():
+    Path(sys.argv[2], "curve.json").write_text(json.dumps(curve))
+"""
+
+
+def examples() -> list[Rendered]:
+    """Sequences in which each token is the one before it and one more: a model learns that soon."""
+    starts = random.Random(0)
+    return [
+        Rendered([start + place for place in range(LENGTH)], [0] + [1] * (LENGTH - 1))
+        for start in (starts.randrange(5, 80) for _ in range(COUNT))
+    ]
+
+
+def fitted(model: str, folder: Path, steps: list[list[list[Rendered]]]) -> list[dict[str, float]]:
+    """The curve of the training loop of SFT on the CPU."""
+    learner = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    plan = recipe.Fit({"raw": 1.0}, 0.0, 0.0, 0, 0.0, COUNT * LENGTH, LENGTH, 0.005, 1e-3, 0)
+    return fit.fit_model(learner, iter(steps), plan, fit.State(folder / f"{len(steps)}.state"))
+
+
+@pytest.mark.timeout(300)
+def test_accelerate_launch_with_two_processes_gives_the_loss_curve_of_one(tmp_path: Path) -> None:
+    path = make_qwen3(tmp_path / "model")
+    script = tmp_path / "process.py"
+    script.write_text(CURVE)
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+    # Processes that find no GPU train on the CPU.
+    launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+    done = subprocess.run(
+        [*launch, "--main_process_port", "0", script, path, tmp_path],
+        env={
+            **os.environ,
+            "PYTHONPATH": str(Path(__file__).parent),
+            "HF_HOME": str(tmp_path),
+            "OMP_NUM_THREADS": "1",
+        },
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    both = json.loads((tmp_path / "curve.json").read_text())
+    pairs = examples()
+    alone = fitted(str(path), tmp_path, [[pairs[n : n + 2]] for n in range(0, COUNT, 2)])
+    assert [point["tokens"] for point in both] == [point["tokens"] for point in alone]
+    assert len(both) == 2
+    assert both[-1]["loss"] < 0.8 * both[0]["loss"]
+    for one, other in zip(both, alone, strict=True):
+        assert one["loss"] == pytest.approx(other["loss"], rel=1e-5)

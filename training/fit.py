@@ -445,7 +445,8 @@ def fit_model(
 ) -> list[dict[str, float]]:
     """Train until the recipe's tokens are seen; resumes from ``state`` if it is there.  Returns the curve.
 
-    A step is one or more batches whose gradients add up; the loss reported is that of the first.
+    A step is one or more batches whose gradients add up; the loss reported is that of the first, the mean over
+    the processes that train together.
 
     Raises TrainingError at a loss that is not a number; the last saved state is then intact.
     """
@@ -477,7 +478,7 @@ def fit_model(
             descend(model, optimizers, schedule(before / fit.tokens))
             seen += int(world.total(tokens))
             steps += 1
-            recent.append(losses[0])
+            recent.append(world.total(losses[0]) / world.size())
             journal.done(seen / fit.tokens)
             now = evaluate is not None and due(before / fit.tokens, seen / fit.tokens, evaluations)
             if steps % 100 == 0 or seen >= fit.tokens or now:
