@@ -82,9 +82,11 @@ def show(
     trace: Annotated[bool, typer.Option("--trace", help="Print the trajectories.")] = False,
 ) -> None:
     """Show the table of a run, or its trajectories."""
-    from pytest_pocket import report
+    from pytest_pocket import records, report
 
-    found = _load(run)
+    info, found = _run(run)
+    with _foreign_records(run):
+        found = records.in_order(info, found)
     chosen = [record for record in found if task in ("", record.get("task"))]
     if task and not chosen:
         names = ", ".join(sorted({str(record.get("task")) for record in found}))

@@ -319,6 +319,13 @@ def load(directory: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     return info, [_object(path, number, line) for number, line in enumerate(lines[:-1], 1) if line.strip()]
 
 
+def in_order(info: Mapping[str, Any], found: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The records of a run, its models in the order in which they were asked for, else as they were played."""
+    asked = list(info.get("options", {}).get("models", ()))
+    places = {model: place for place, model in enumerate(asked)}
+    return sorted(found, key=lambda each: places.get(each.get("model"), len(asked)))
+
+
 def record(
     *,
     cell: Cell,

@@ -43,8 +43,10 @@ def rendered(text: str) -> str:
             return f"{kind} {run} -->\n\n{benches(REPORTS / run)}\n"
         if kind == "faults":
             return f"{kind} {run} -->\n\n{faults(json.loads((REPORTS / run).read_text()))}\n"
-        _, episodes = records.load(REPORTS / run)
-        chosen = [each for each in episodes if not models or each["model"] in models.split()]
+        info, episodes = records.load(REPORTS / run)
+        chosen = [
+            each for each in records.in_order(info, episodes) if not models or each["model"] in models.split()
+        ]
         return f"{kind} {run}{models} -->\n\n{KINDS[kind](report.rows(chosen))}\n"
 
     return BLOCK.sub(table, text)

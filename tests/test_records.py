@@ -272,3 +272,12 @@ def test_max_tokens_is_not_taken_for_a_secret() -> None:
         "max_tokens": "512",
         "reply_tokens": 4,
     }
+
+
+def test_models_come_in_the_order_in_which_they_were_asked_for() -> None:
+    found = [{"model": name, "run": run} for run in (1, 2) for name in ("c", "other", "a")]
+    ordered = records.in_order({"options": {"models": ["a", "b", "c"]}}, found)
+    assert [(each["model"], each["run"]) for each in ordered] == [
+        *(("a", 1), ("a", 2), ("c", 1), ("c", 2), ("other", 1), ("other", 2))
+    ]
+    assert records.in_order({}, found) == found
