@@ -617,10 +617,10 @@ def test_no_more_than_batch_requests_run_together(model: Path) -> None:
 
 def test_workers_share_the_controllers_weights_and_play_as_one_process_does(tmp_path: Path) -> None:
     (tmp_path / "conftest.py").write_text(
-        "import os, pathlib, sys\n"
-        "def pytest_sessionfinish():\n"
-        "    where = pathlib.Path(os.environ.get('PYTEST_XDIST_WORKER', 'controller') + '.torch')\n"
-        "    where.write_text(str('torch' in sys.modules))\n"
+        "import pathlib, sys\n"
+        "def pytest_sessionfinish(session):\n"
+        "    name = getattr(session.config, 'workerinput', {}).get('workerid', 'controller')\n"
+        "    pathlib.Path(f'{name}.torch').write_text(str('torch' in sys.modules))\n"
     )
     command = [sys.executable, "-m", "pytest", "-q", "--tb=no", "-p", "no:cacheprovider"]
     command += ["--pyargs", "pytest_pocket.tasks", "--pocket-model=sft-run6", "--pocket-prompt=raw"]
