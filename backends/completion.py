@@ -36,9 +36,10 @@ class Choice:
     def add(self, choice: Any, said: Any) -> None:
         """Take in a message, or a part of one.  ``choice`` is what holds it."""
         self.content += said.get("content") or ""
-        self.thinking += said.get("reasoning_content") or said.get("reasoning") or ""
+        self.thinking += _text(said, "reasoning_content") or _text(said, "reasoning")
         for position, call in enumerate(said.get("tool_calls") or ()):
-            known = self.calls.setdefault(call.get("index", position), ["", ""])
+            place = call.get("index")
+            known = self.calls.setdefault(position if place is None else place, ["", ""])
             function = call.get("function") or {}
             known[0] += function.get("name") or ""
             known[1] += function.get("arguments") or ""
@@ -91,3 +92,8 @@ class Answer:
         if usage := told.get("usage"):
             self.prompt_tokens = usage["prompt_tokens"]
             self.completion_tokens = usage["completion_tokens"]
+
+
+def _text(said: Any, key: str) -> str:
+    value = said.get(key)
+    return value if isinstance(value, str) else ""

@@ -109,14 +109,14 @@ class HFBackend:
     ) -> None:
         if batch < 1:
             raise ModelError(f"batch {batch} is not at least 1")
-        base, adapter = base_of(path, adapter)
+        base, layers = base_of(path, adapter)
         device = pick_device(device)
         dtype = dtype or ("float32" if device == "cpu" else "auto")
         try:
-            self._serve(load_model(base, adapter, device, dtype), load_tokenizer(base), base, batch)
+            self._serve(load_model(base, layers, device, dtype), load_tokenizer(base), base, batch)
         except ModelError as error:
-            if adapter == path:  # nobody but the adapter has named the base
-                raise ModelError(f"{error} (it is the base that adapter {adapter} names)") from error
+            if layers and adapter is None:
+                raise ModelError(f"{error} (it is the base that adapter {layers} names)") from error
             raise
 
     @classmethod
@@ -678,7 +678,7 @@ def _concatenate(cache: Any, other: Any, width: int) -> None:
 
 def out_of_memory(error: BaseException) -> bool:
     """Whether an error means that there is too little memory: torch has no one class for it."""
-    said = ("out of memory", "can't allocate memory", "Cannot allocate memory")
+    said = ("out of memory", "allocate memory")
     return isinstance(error, MemoryError) or any(words in str(error) for words in said)
 
 
@@ -854,7 +854,9 @@ def load_model(path: str, adapter: str | None, device: str, dtype: str) -> Any:
     try:
         return model.to(device).eval()
     except (RuntimeError, AssertionError, MemoryError) as error:
-        raise ModelError(_cannot_load(f"{path!r} on {device}", path, error)) from error
+        if out_of_memory(error):
+            raise ModelError(_cannot_load(f"{path!r} on {device}", path, error)) from error
+        raise ModelError(f"cannot put {path} on {device}: {first_line(error)}") from error
 
 
 def _add_adapter(model: Any, path: str, adapter: str) -> Any:

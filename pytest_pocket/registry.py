@@ -112,12 +112,8 @@ def file_hash(path: Path) -> str:
 def read_manifest(directory: Path) -> Model:
     """The model that a checkpoint directory holds.  Raises ModelError when the manifest is broken or does not
     match this suite: a checkpoint is trained for one template and one set of tools."""
-    path = directory / MANIFEST
-    try:
-        if path.is_file():
-            stay_inside(directory)
-            vet(directory)
-        manifest = json.loads(path.read_text())
+    manifest = _vetted(directory)
+    with _well_formed(directory):
         name, stage, parent = manifest["name"], manifest["stage"], manifest["parent"]
         files: dict[str, str] = manifest["files"]
         pinned = {
@@ -131,21 +127,6 @@ def read_manifest(directory: Path) -> Model:
         told = (name, stage, parent, adapter_of, *pinned.values(), *files.values(), *known_tools.values())
         if not all(isinstance(value, str) for value in told):
             raise TypeError("every value must be a string")
-    except FileNotFoundError:
-        raise ModelError(
-            f"{directory} holds no {MANIFEST}: give a checkpoint directory, or hf:{directory}"
-        ) from None
-    except Refused as reason:
-        raise ModelError(str(reason)) from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ModelError(
-            f"broken manifest {path}: {type(error).__name__}: {error}; train or fetch the checkpoint again"
-        ) from None
-    for file in files:
-        if "/" in file or file.startswith(".") or not (directory / file).is_file():
-            raise ModelError(
-                f"manifest {path} lists {file!r}, which is not a file beside it; fetch the checkpoint again"
-            )
     template = directory / "chat_template.jinja"
     actual = {
         "suite": SUITE_VERSION,
@@ -171,6 +152,43 @@ def read_manifest(directory: Path) -> Model:
     )
 
 
+@contextmanager
+def _well_formed(directory: Path) -> Iterator[None]:
+    """Say what is wrong with a manifest in one line.  Raises ModelError."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise ModelError(
+            f"{directory} holds no {MANIFEST}: give a checkpoint directory, or hf:{directory}"
+        ) from None
+    except Refused as reason:
+        raise ModelError(str(reason)) from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ModelError(
+            f"broken manifest {directory / MANIFEST}: {type(error).__name__}: {error}; "
+            "train or fetch the checkpoint again"
+        ) from None
+
+
+def _vetted(directory: Path) -> dict[str, Any]:
+    """The manifest of a checkpoint directory, whose files are there and may be looked at.  Raises ModelError."""
+    with _well_formed(directory):
+        if (directory / MANIFEST).is_file():
+            stay_inside(directory)
+            vet(directory)
+        manifest: dict[str, Any] = json.loads((directory / MANIFEST).read_text())
+        files = dict(manifest["files"].items())
+        outside = [
+            file for file in files if "/" in file or file.startswith(".") or not (directory / file).is_file()
+        ]
+    if outside:
+        raise ModelError(
+            f"manifest {directory / MANIFEST} lists {outside[0]!r}, which is not a file beside it; "
+            "fetch the checkpoint again"
+        )
+    return manifest
+
+
 def check_files(model: Model) -> None:
     """Hold the files of a model that has a manifest, and of its base, against it.  Raises ModelError.
 
@@ -181,7 +199,7 @@ def check_files(model: Model) -> None:
     for directory in map(Path, filter(None, (model.target, model.adapter))):
         if not (directory / MANIFEST).is_file():
             continue
-        for name, digest in json.loads((directory / MANIFEST).read_text())["files"].items():
+        for name, digest in _vetted(directory)["files"].items():
             if file_hash(directory / name) != digest:
                 raise ModelError(
                     f"{directory / name} is not the file that the manifest beside it was written for: "

@@ -72,6 +72,13 @@ def test_weights_that_are_not_the_manifests_are_refused(tmp_path: Path, changed:
     assert str(tmp_path / changed / "model.safetensors") in str(caught.value)
 
 
+def test_a_base_whose_manifest_names_a_file_outside_is_refused(tmp_path: Path) -> None:
+    checkpoint(tmp_path / "base", files={"../../dev/zero": "0"})
+    model = Registry().resolve(str(checkpoint(tmp_path / "mine", adapter_of="../base")))
+    with pytest.raises(ModelError, match="which is not a file beside it"):
+        registry.check_files(model)
+
+
 def test_a_checkpoint_of_another_suite_runs_unpinned(tmp_path: Path) -> None:
     directory = checkpoint(tmp_path / "old", suite="0")
     with pytest.raises(ModelError, match=f"or run it unpinned as hf:{directory}"):
