@@ -68,12 +68,7 @@ def test_two_processes_make_the_step_that_one_makes_with_both_batches(tmp_path: 
             *(script, path, tmp_path),
         ],
         check=True,
-        env={
-            **os.environ,
-            "PYTHONPATH": str(Path(__file__).parent),
-            "HF_HOME": str(tmp_path),
-            "OMP_NUM_THREADS": "1",
-        },
+        env=environment(tmp_path),
     )
     alone = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
     averaged(alone, BATCHES)
@@ -81,6 +76,12 @@ def test_two_processes_make_the_step_that_one_makes_with_both_batches(tmp_path: 
     for name, value in alone.state_dict().items():
         torch.testing.assert_close(ends[0][name], value)
         assert torch.equal(ends[0][name], ends[1][name])
+
+
+def environment(home: Path) -> dict[str, str]:
+    """For processes that share the cores, and import this module."""
+    here = str(Path(__file__).parent)
+    return {**os.environ, "PYTHONPATH": here, "HF_HOME": str(home), "OMP_NUM_THREADS": "1"}
 
 
 COUNT = 240
@@ -124,12 +125,7 @@ def test_accelerate_launch_with_two_processes_gives_the_loss_curve_of_one(tmp_pa
     launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
     done = subprocess.run(
         [*launch, "--main_process_port", "0", script, path, tmp_path],
-        env={
-            **os.environ,
-            "PYTHONPATH": str(Path(__file__).parent),
-            "HF_HOME": str(tmp_path),
-            "OMP_NUM_THREADS": "1",
-        },
+        env=environment(tmp_path),
         capture_output=True,
         text=True,
     )

@@ -476,9 +476,10 @@ def fit_model(
                 tokens += sum(len(example.ids) for example in batch)
             check_finite(*losses)
             descend(model, optimizers, schedule(before / fit.tokens))
-            seen += int(world.total(tokens))
+            shares = world.gathered([(tokens, losses[0])])
+            seen += sum(count for count, _ in shares)
             steps += 1
-            recent.append(world.total(losses[0]) / world.size())
+            recent.append(sum(loss for _, loss in shares) / len(shares))
             journal.done(seen / fit.tokens)
             now = evaluate is not None and due(before / fit.tokens, seen / fit.tokens, evaluations)
             if steps % 100 == 0 or seen >= fit.tokens or now:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
+from pytest_pocket.backends.hf import out_of_memory
 from pytest_pocket.export import ExportError
 from pytest_pocket.records import RecordsError
 from pytest_pocket.registry import ModelError, sha256_json
@@ -97,7 +98,7 @@ def run(main: Main, argv: Sequence[str] | None = None) -> None:
     except MemoryError as error:
         _stop(f"out of memory{f' ({error})' if str(error) else ''}: lower batch_tokens in the recipe")
     except RuntimeError as error:
-        if "out of memory" not in str(error) and "allocate memory" not in str(error):
+        if not out_of_memory(error):
             raise
         _stop(f"out of memory: lower batch_tokens in the recipe ({str(error).splitlines()[0]})")
     except OSError as error:

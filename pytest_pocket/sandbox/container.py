@@ -322,6 +322,10 @@ def _feed(process: subprocess.Popen[bytes], data: bytes) -> None:
             view = view[process.stdin.write(view) or 0 :]
 
 
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
 class ContainerProvider:
     """Sandboxes made with the command line of ``docker`` or ``podman``."""
 
@@ -336,7 +340,7 @@ class ContainerProvider:
             sandbox = self.open({"probe": "ok\n"})
         except SandboxError as error:
             raise SandboxUnavailable(
-                f"{self.name} does not work here: {' '.join(str(error).split())}. Is its service running, and the "
+                f"{self.name} does not work here: {_one_line(error)}. Is its service running, and the "
                 f"image {image()} there (`{self.name} pull {image()}`, or POCKET_SANDBOX_IMAGE)?"
             ) from error
         try:
@@ -344,9 +348,7 @@ class ContainerProvider:
                 "cat probe; for c in git python3 grep; do $c --version >/dev/null || echo $c; done"
             )
         except SandboxError as error:
-            raise SandboxUnavailable(
-                f"{self.name} does not work here: {' '.join(str(error).split())}"
-            ) from error
+            raise SandboxUnavailable(f"{self.name} does not work here: {_one_line(error)}") from error
         finally:
             sandbox.close()
         if found.output != b"ok\n":
