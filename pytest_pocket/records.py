@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import errno
 import fcntl
 import json
 import math
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
 SCHEMA = 1
 RUN = "run.json"
 EPISODES = "episodes.jsonl"
+RUNS = Path(".pocket", "runs")
 FILE_BYTES = 64 * 2**10
 """How much of one final file is kept."""
 EPISODE_BYTES = 512 * 2**10
@@ -110,6 +112,25 @@ class Run:
             raise _unwritable(path, error) from error
 
 
+def check(directory: Path | None) -> None:
+    """Raise RecordsError where ``start`` plainly would, before anything is made: engines take minutes to load."""
+    directory = Path(os.path.abspath(directory or RUNS))
+    there = next(folder for folder in (directory, *directory.parents) if os.path.lexists(folder))
+    if not there.is_dir():
+        raise _unwritable(directory, NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR)))
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise _unwritable(directory, PermissionError(errno.EACCES, os.strerror(errno.EACCES)))
+    _check_unused(directory)
+
+
+def _check_unused(directory: Path) -> None:
+    episodes = directory / EPISODES
+    if episodes.exists() and episodes.stat().st_size:
+        raise RecordsError(
+            f"{directory} already holds a run: give --pocket-records another folder, or add --pocket-resume"
+        )
+
+
 def start(directory: Path | None, info: Mapping[str, Any]) -> Run:
     """Make a run directory and write its ``run.json``.  Raises RecordsError, and then leaves no ``run.json``.
 
@@ -117,16 +138,12 @@ def start(directory: Path | None, info: Mapping[str, Any]) -> Run:
     """
     if directory is None:
         now = datetime.now(UTC).strftime("%Y%m%dT%H%M%SZ")
-        directory = Path(".pocket", "runs", f"{now}-{secrets.token_hex(3)}")
+        directory = RUNS / f"{now}-{secrets.token_hex(3)}"
     directory = Path(os.path.abspath(directory))
-    episodes = directory / EPISODES
     run = _own(directory)
     try:
-        if episodes.exists() and episodes.stat().st_size:
-            raise RecordsError(
-                f"{directory} already holds a run: give --pocket-records another folder, or add --pocket-resume"
-            )
-        episodes.touch()
+        _check_unused(directory)
+        (directory / EPISODES).touch()
         _replace(directory / RUN, to_line(info, indent=2))
     except OSError as error:
         run.close()

@@ -270,6 +270,8 @@ def from_pyproject(path: Path) -> list[Model]:
     return models
 
 
+LOCAL = ("oracle", "noop")
+"""Backends that cost nothing, take no target, and run in each worker."""
 SCRIPTED = (
     Model("oracle", "oracle", description="solves every task by its own solution: the suite's upper bound"),
     Model("noop", "noop", description="answers without acting: the suite's lower bound"),
@@ -361,7 +363,7 @@ class Registry:
         if model := self.models.get(name):
             return self._known(model)
         backend, colon, target = name.partition(":")
-        if colon and backend in self.backends and target:
+        if colon and backend in self.backends.keys() - LOCAL and target:
             return self._served(name, backend, target)
         if (Path(name) / MANIFEST).is_file():
             return self._known(read_manifest(Path(name)))
@@ -369,7 +371,7 @@ class Registry:
             raise ModelError(f"the folder {name!r} holds no {MANIFEST}: write hf:{name}")
         raise ModelError(
             f"unknown model {name!r}: choose from {', '.join(self.models)}, "
-            f"or write {', '.join(f'{backend}:...' for backend in self.backends if backend not in ('oracle', 'noop'))}"
+            f"or write {', '.join(f'{backend}:...' for backend in self.backends if backend not in LOCAL)}"
         )
 
     def build(self, model: Model) -> Backend:

@@ -13,7 +13,7 @@ import math
 import textwrap
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import combinations
 from typing import Any, Literal, get_args
 
@@ -318,6 +318,11 @@ def notes(rows: Sequence[Row]) -> list[str]:
             f"Means over {count} tasks, each counting the same. ± is the 95% interval for tasks in general "
             f"(Student's t over task means, {count - 1} degrees of freedom), not for these tasks alone."
         )
+        if any(each.error == 0 for each in _shown(rows)):
+            notes.append(
+                f"Where all {count} tasks give the same value, ± is what that leaves open: up to "
+                f"{statistics.unseen_share(count):.1%} of tasks in general may lie at an end of the scale."
+            )
     elif count == 1:
         notes.append("One task says nothing of tasks in general: no interval is given.")
     for what, found in _smallest_differences(rows).items():
@@ -329,6 +334,13 @@ def notes(rows: Sequence[Row]) -> list[str]:
         ranked = "the models are not ranked" if invalid / len(rows) > statistics.INVALID_SHARE else ""
         notes.append("; ".join(filter(None, [share, ranked])) + ".")
     return notes
+
+
+def _shown(rows: Sequence[Row]) -> Iterator[statistics.Estimate]:
+    """The estimates of reward that the table of scores shows."""
+    for mine in subjects(rows).values():
+        parts = ([row for row in mine if row["prompt"] == prompt] for prompt in prompts_of(mine))
+        yield from filter(None, (gap_of(mine, REWARD), *(mean(valid_of(part), REWARD) for part in parts)))
 
 
 def _smallest_differences(rows: Sequence[Row]) -> dict[str, list[float]]:

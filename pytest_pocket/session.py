@@ -20,14 +20,11 @@ from pytest_pocket.episode import Workshop
 from pytest_pocket.openings import several
 from pytest_pocket.options import Options
 from pytest_pocket.pool import Pool
-from pytest_pocket.registry import Model, ModelError, Registry
+from pytest_pocket.registry import LOCAL, Model, ModelError, Registry
 from pytest_pocket.sharing import RemoteBackend, Server, watch
 
 if TYPE_CHECKING:
     from pytest_pocket.cluster import Cluster
-
-LOCAL = ("oracle", "noop")
-"""Backends that cost nothing, and run in each worker."""
 
 
 class Session:
@@ -103,6 +100,7 @@ class Session:
             self._resume(self.options.records, info)
             self._prepare(self.missing(cells))
         else:
+            records.check(self.options.records)
             self._prepare(cells)
             self._run = records.start(self.options.records, info)
 

@@ -87,14 +87,19 @@ def _stratified(groups: Sequence[np.ndarray]) -> tuple[float, float]:
     return math.sqrt(total), total**2 / float((parts**2 / weights).sum())
 
 
+def unseen_share(count: int) -> float:
+    """The greatest share of tasks, in [0, 1], that ``count`` equal results may have missed: 1 - 0.05**(1/count)."""
+    return 1 - float((1 - CONFIDENCE) ** (1 / count))
+
+
 def _without_spread(value: float, count: int, bounds: tuple[float, float]) -> Estimate:
     """The interval when all task means are equal, where Student's t would claim certainty.
 
     A value that a task takes with probability p is seen ``count`` times out of ``count`` with p**count, so
     p >= 0.05**(1/count) is not refuted; the rest may lie at either bound.
     """
-    share = float((1 - CONFIDENCE) ** (1 / count))
-    low, high = (value * share + bound * (1 - share) for bound in bounds)
+    share = unseen_share(count)
+    low, high = (value * (1 - share) + bound * share for bound in bounds)
     return Estimate(value, low, high, 0.0, count - 1.0)
 
 

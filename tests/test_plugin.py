@@ -240,6 +240,10 @@ USAGE = {
     "--pocket-model=toy:unloadable": "the weights of 'unloadable' are missing: fetch them",
     "--pocket-model=toy:thoughtless --pocket-think=on": "--pocket-think on: model 'toy:thoughtless' has no switch*",
     "--pocket-model=oracle --pocket-records=full": "*full already holds a run: *",
+    # Before the engine is loaded, which may take minutes.
+    "--pocket-model=toy:unloadable --pocket-records=full": "*full already holds a run: *",
+    "--pocket-model=toy:unloadable --pocket-records=conftest.py/x": "cannot write records to *conftest.py/x*",
+    "--pocket-model=oracle:x": "unknown model 'oracle:x': choose from *",
     "--runs=0": "--pocket-runs 0: *",
 }
 

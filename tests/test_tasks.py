@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import re
+import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -263,6 +264,15 @@ def test_prompts_vary_and_files_distract(name: str) -> None:
     assert all(
         len(each.files) >= (1 if name in ("answer_directly", "create_file") else 2) for each in instances
     )
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_training_has_at_least_eight_wordings_and_evaluation_others(name: str) -> None:
+    wordings = sys.modules[type(TASKS[name]).__module__].WORDINGS
+    assert len(set(wordings.train)) >= 8
+    assert set(wordings.dev).isdisjoint(wordings.train)
+    assert wordings.eval
+    assert set(wordings.eval).isdisjoint({*wordings.train, *wordings.dev})
 
 
 def test_the_code_tasks_draw_from_at_least_thirty_families() -> None:

@@ -1,7 +1,9 @@
-"""The same episode through Inspect AI, mini-swe-agent, verifiers and us, alternating, at equal concurrency.
+"""The same episodes through Inspect AI, mini-swe-agent, verifiers and us, alternating, at equal concurrency.
 
 Run as ``sh tests/bench/peers/setup.sh && python tests/bench/peers/compare.py --out reports/bench/peers.json``.  What each peer
-does, and how it was set up to be fast, stands in its script; what isolation it has without Docker stands in the result.
+does, and how it was set up to be fast, stands in its script; what isolation it has without Docker stands in the result.  The toy
+of toy.py is played at each of IN_FLIGHT, the 19 tasks as suite.py writes them 8 at a time.  Our tasks score workspaces by their
+own checks, some by hidden tests in a second sandbox; the peers' are held against the answer alone.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ import platform
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,22 +24,35 @@ from typing import Any
 HERE = Path(__file__).parent
 PEERS = HERE.parents[2] / ".peers"
 IN_FLIGHT = (1, 8, 32)
+SUITE_IN_FLIGHT = 8
+SUITE = "19 tasks"
 US = "pytest-pocket"
 
 
 @dataclass(frozen=True)
 class Peer:
-    """A framework: its script and interpreter, and how many episodes it plays at each of IN_FLIGHT: about 2 s each."""
+    """A framework: its script and interpreter, and how many toys it plays at each of IN_FLIGHT, about 2 s each.
+
+    ``rounds`` is how often it plays the 19 tasks.
+    """
 
     script: str
     python: Path
     episodes: tuple[int, int, int]
+    rounds: int
     environment: dict[str, str] = field(default_factory=dict)
 
-    def rates(self) -> dict[str, Any]:
+    def rates(self, suite: Path) -> dict[str, Any]:
         """What its script says: version, isolation, and episodes per second by number in flight."""
-        command = [str(self.python), str(HERE / self.script), "--in-flight", *map(str, IN_FLIGHT)]
-        command += ["--episodes", *map(str, self.episodes)]
+        toys = self._run("--in-flight", *map(str, IN_FLIGHT), "--episodes", *map(str, self.episodes))
+        tasks = self._run(
+            *("--in-flight", str(SUITE_IN_FLIGHT), "--episodes", str(19 * self.rounds), "--suite", str(suite))
+        )
+        toys["episodes_per_s"][SUITE] = tasks["episodes_per_s"][str(SUITE_IN_FLIGHT)]
+        return toys
+
+    def _run(self, *options: str) -> dict[str, Any]:
+        command = [str(self.python), str(HERE / self.script), *options]
         environment = {**os.environ, "HF_HUB_OFFLINE": "1", **self.environment}
         done = subprocess.run(command, capture_output=True, text=True, env=environment)
         if done.returncode:
@@ -50,32 +66,34 @@ def of(environment: str) -> Path:
 
 
 ALL = {
-    US: Peer("pocket.py", Path(sys.executable), (100, 200, 200)),
-    "inspect-ai": Peer("inspect_ai_local.py", of("inspect"), (4, 32, 64)),
-    "mini-swe-agent": Peer("mini_swe_agent_local.py", of("mini_swe_agent"), (60, 120, 120)),
+    US: Peer("pocket.py", Path(sys.executable), (100, 200, 200), 10),
+    "inspect-ai": Peer("inspect_ai_local.py", of("inspect"), (4, 32, 64), 2),
+    "mini-swe-agent": Peer("mini_swe_agent_local.py", of("mini_swe_agent"), (60, 120, 120), 10),
     "mini-swe-agent, bubblewrap": Peer(
-        "mini_swe_agent_local.py", of("mini_swe_agent"), (30, 60, 64), {"MSWEA_ENVIRONMENT": "bubblewrap"}
+        "mini_swe_agent_local.py", of("mini_swe_agent"), (30, 60, 64), 5, {"MSWEA_ENVIRONMENT": "bubblewrap"}
     ),
-    "verifiers": Peer("verifiers_local.py", of("verifiers"), (2, 16, 32)),
+    "verifiers": Peer("verifiers_local.py", of("verifiers"), (2, 16, 32), 1),
     "verifiers, in-process loop": Peer(
-        "verifiers_local.py", of("verifiers"), (8, 48, 64), {"VERIFIERS_HARNESS": "in_process"}
+        "verifiers_local.py", of("verifiers"), (8, 48, 64), 4, {"VERIFIERS_HARNESS": "in_process"}
     ),
 }
 
 
-def measure(repeats: int) -> tuple[dict[str, dict[str, list[float]]], dict[str, dict[str, str]]]:
+def measure(repeats: int, suite: Path) -> tuple[dict[str, dict[str, list[float]]], dict[str, dict[str, str]]]:
     """The samples by peer and number in flight; and what each peer says of itself."""
     samples: dict[str, dict[str, list[float]]] = {
-        name: {str(in_flight): [] for in_flight in IN_FLIGHT} for name in ALL
+        name: {setting: [] for setting in (*map(str, IN_FLIGHT), SUITE)} for name in ALL
     }
     about = {}
+    order = list(ALL)
     for _ in range(repeats):
-        for name, peer in ALL.items():
-            found = peer.rates()
+        order.append(order.pop(0))  # nobody is always the first
+        for name in order:
+            found = ALL[name].rates(suite)
             about[name] = {
                 "version": found["version"],
                 "isolation": found["isolation"],
-                "script": peer.script,
+                "script": ALL[name].script,
             }
             for in_flight, rate in found["episodes_per_s"].items():
                 samples[name][in_flight].append(round(rate, 3))
@@ -84,7 +102,8 @@ def measure(repeats: int) -> tuple[dict[str, dict[str, list[float]]], dict[str, 
 
 def table(medians: dict[str, dict[str, float]], about: dict[str, dict[str, str]]) -> str:
     """Episodes per second, and in brackets how many times as fast we are."""
-    lines = [" " * 36 + "".join(f"{in_flight:>9} in flight" for in_flight in IN_FLIGHT)]
+    heads = [*(f"{in_flight} in flight" for in_flight in IN_FLIGHT), f"{SUITE}, {SUITE_IN_FLIGHT}"]
+    lines = [" " * 36 + " ".join(f"{head:>18}" for head in heads)]
     for name, rates in medians.items():
         cells = [f"{rate:9.1f} ({medians[US][in_flight] / rate:5.1f}x)" for in_flight, rate in rates.items()]
         lines.append(f"{name + ' ' + about[name]['version']:36}" + " ".join(cells))
@@ -101,12 +120,16 @@ def main() -> None:
     load, start = os.getloadavg()[0], time.monotonic()
     if load > 1:
         print(f"the machine is busy (load {load:.1f}): these numbers will be too low", file=sys.stderr)
-    samples, about = measure(options.repeats)
+    with tempfile.TemporaryDirectory() as folder:
+        suite = Path(folder, "suite.json")
+        subprocess.run([sys.executable, str(HERE / "suite.py"), str(suite)], check=True)
+        samples, about = measure(options.repeats, suite)
     medians = {
         name: {in_flight: round(statistics.median(values), 3) for in_flight, values in rates.items()}
         for name, rates in samples.items()
     }
     report = {
+        "command": "python tests/bench/peers/compare.py",
         "episodes_per_s": medians,
         "times_as_fast": {
             name: {in_flight: round(medians[US][in_flight] / rate, 2) for in_flight, rate in rates.items()}
@@ -118,6 +141,7 @@ def main() -> None:
             "repeats": options.repeats,
             "turns": 3,
             "calls": 2,
+            "suite_in_flight": SUITE_IN_FLIGHT,
             "cores": os.cpu_count(),
             "load_before": round(load, 2),
             "seconds": round(time.monotonic() - start),

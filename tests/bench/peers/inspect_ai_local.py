@@ -23,12 +23,14 @@ from inspect_ai.tool import bash
 
 def reply(messages: list[ChatMessage], *_: Any) -> ModelOutput:
     """The scripted model."""
-    results = [message.text for message in messages if message.role == "tool"]
-    wanted = toy.command(results)
-    if wanted is None:
-        output = ModelOutput.from_content("scripted", toy.answer(results))
+    (prompt,) = (message.text for message in messages if message.role == "user")
+    command, answer = toy.step(
+        toy.asked(prompt), [message.text for message in messages if message.role == "tool"]
+    )
+    if command:
+        output = ModelOutput.for_tool_call("scripted", "bash", {"command": command})
     else:
-        output = ModelOutput.for_tool_call("scripted", "bash", {"command": wanted})
+        output = ModelOutput.from_content("scripted", answer)
     output.usage = ModelUsage(input_tokens=toy.TOKENS, output_tokens=toy.TOKENS, total_tokens=2 * toy.TOKENS)
     return output
 
@@ -39,7 +41,9 @@ MODEL = get_model("mockllm/model", custom_outputs=reply)
 def play(numbers: Sequence[int], in_flight: int) -> list[str]:
     """One ``eval`` over all of them."""
     samples = [
-        Sample(toy.PROMPT, target=toy.port(number), id=number, files=toy.files(number)) for number in numbers
+        Sample(each.prompt, target=each.answer, id=number, files=each.files, setup=each.setup or None)
+        for number in numbers
+        for each in (toy.script(number),)
     ]
     with tempfile.TemporaryDirectory() as folder:
         task = Task(

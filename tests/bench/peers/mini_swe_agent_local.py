@@ -7,7 +7,9 @@ command that prints its answer: its third turn starts a third process.  A trajec
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
+import subprocess
 import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -31,18 +33,22 @@ class Scripted(DeterministicModel):
     """The scripted model."""
 
     def query(self, messages: list[dict[str, Any]], **_: Any) -> dict[str, Any]:
-        results = [message["content"] for message in messages[2:] if message["role"] == "user"]
-        wanted = toy.command(results) or SUBMIT + toy.answer(results)
+        prompt, *results = (message["content"] for message in messages if message["role"] == "user")
+        command, answer = toy.step(toy.asked(prompt), results)
+        wanted = command or SUBMIT + shlex.quote(answer)
         return make_output(wanted, [{"command": wanted}], cost=0.0)
 
 
 def one(number: int, folder: Path) -> str:
     """One agent in one fresh folder."""
     workspace = Path(tempfile.mkdtemp(dir=folder))
-    for path, text in toy.files(number).items():
+    script = toy.script(number)
+    for path, text in script.files.items():
         target = workspace / path
-        target.parent.mkdir(exist_ok=True)
+        target.parent.mkdir(parents=True, exist_ok=True)
         target.write_text(text)
+    if script.setup:
+        subprocess.run(["bash", "-c", script.setup], cwd=workspace, check=True)
     environment = (BubblewrapEnvironment if BUBBLEWRAP else LocalEnvironment)(cwd=str(workspace))
     agent = DefaultAgent(
         Scripted(outputs=[]),
@@ -52,7 +58,7 @@ def one(number: int, folder: Path) -> str:
         output_path=folder / f"{number}.traj.json",
     )
     try:
-        return str(agent.run(toy.PROMPT)["submission"])
+        return str(agent.run(script.prompt)["submission"])
     finally:
         shutil.rmtree(workspace)
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import itertools
 import json
 import logging
 import os
@@ -33,7 +34,7 @@ from verifiers.v1.envs.single_agent import SingleAgentEnv, SingleAgentEnvConfig
 from verifiers.v1.harnesses.bash import BashHarnessConfig
 from verifiers.v1.utils.trace_store import append_episode
 
-__all__ = ["InProcess", "Ports"]
+__all__ = ["InProcess", "Tasks"]
 IN_PROCESS = os.environ.get("VERIFIERS_HARNESS") == "in_process"
 BASH = {
     "type": "function",
@@ -48,30 +49,32 @@ BASH = {
 }
 
 
-class PortData(vf.TaskData):
+class Data(vf.TaskData):
     files: dict[str, str]
+    script: str
     answer: str
 
 
-class PortTask(vf.Task[PortData]):
+class Task(vf.Task[Data]):
     async def setup(self, trace: vf.Trace, runtime: vf.Runtime) -> None:
         for path, text in self.data.files.items():
             await runtime.write(path, text.encode())
+        if self.data.script:
+            await runtime.run(["bash", "-c", self.data.script], {})
 
     @vf.reward
     async def right(self, trace: vf.Trace) -> float:
-        return float(trace.last_reply == self.data.answer)
+        return float(toy.normal(trace.last_reply) == toy.normal(self.data.answer))
 
 
-class Ports(vf.Taskset[PortTask, vf.TasksetConfig]):
+class Tasks(vf.Taskset[Task, vf.TasksetConfig]):
     INFINITE = True
 
-    def load(self) -> Iterable[PortTask]:
-        number = 0
-        while True:
-            data = PortData(prompt=toy.PROMPT, files=toy.files(number), answer=toy.port(number))
-            yield PortTask(data, self.config.task)
-            number += 1
+    def load(self) -> Iterable[Task]:
+        for number in itertools.count():
+            each = toy.script(number)
+            data = Data(prompt=each.prompt, files=each.files, script=each.setup, answer=each.answer)
+            yield Task(data, self.config.task)
 
 
 @functools.cache
@@ -117,11 +120,12 @@ class InProcess(vf.Harness[vf.HarnessConfig]):
 
 def reply(messages: list[dict[str, Any]]) -> dict[str, Any]:
     """The scripted model's message."""
+    (prompt,) = (message["content"] for message in messages if message["role"] == "user")
     results = [message["content"] for message in messages if message["role"] == "tool"]
-    wanted = toy.command(results)
-    if wanted is None:
-        return {"role": "assistant", "content": toy.answer(results)}
-    function = {"name": "bash", "arguments": json.dumps({"command": wanted})}
+    command, answer = toy.step(toy.asked(prompt), results)
+    if not command:
+        return {"role": "assistant", "content": answer}
+    function = {"name": "bash", "arguments": json.dumps({"command": command})}
     call = {"index": 0, "id": f"call_{len(results)}", "type": "function", "function": function}
     return {"role": "assistant", "content": None, "tool_calls": [call]}
 
