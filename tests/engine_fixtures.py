@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -78,11 +79,20 @@ def vllm_command() -> Path:
     return find("vllm/bin/vllm", "vllm.sh")
 
 
-def started_llama(program: Path, weights: Path, *options: str, seconds: float = 60) -> tuple[Process, str]:
+def kill(process: Process) -> None:
+    """End a server as a crash would, and wait for that."""
+    found = subprocess.run(["pgrep", "-P", str(process._keeper.pid)], capture_output=True, text=True)
+    os.kill(int(found.stdout.split()[0]), signal.SIGKILL)
+    process._keeper.wait(30)
+
+
+def started_llama(
+    program: Path, weights: Path, *options: str, seconds: float = 60, port: int | None = None
+) -> tuple[Process, str]:
     """A llama.cpp server of a GGUF file, which is called as the file is, and its address."""
     from pytest_pocket.backends.process import Process, free_port
 
-    address = f"http://127.0.0.1:{free_port()}"
+    address = f"http://127.0.0.1:{port or free_port()}"
     command = [
         str(program),
         "-m",

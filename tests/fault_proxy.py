@@ -20,7 +20,7 @@ import threading
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol
 
 import httpx
 
@@ -29,7 +29,7 @@ PROBED = 100
 TRIES = (1, 2, 99)
 """For how many tries of one request a fault may last: the last one outlasts all of them."""
 DEAD_SECONDS = (0.3, 2.0)
-"""For how long an engine that died may be gone: within the tries of one request, or beyond them."""
+"""When an engine that died is started again: within the tries of one request, or beyond them."""
 FLOOD = 10 * 2**20
 GARBAGE = b"\x00\xff<html>\xfe no engine says this \x80" * 20
 HOP = ("connection", "transfer-encoding", "content-length", "keep-alive")
@@ -43,13 +43,27 @@ class Reset(Exception):
     """The connection is reset."""
 
 
+class Mortal(Protocol):
+    """An engine that can die.  Both calls block."""
+
+    def kill(self) -> None:
+        """Let its process die."""
+
+    def revive(self) -> None:
+        """Start it again where it was, if it is dead, and wait until it answers."""
+
+
 class FaultProxy:
     """The proxy, in the running event loop."""
 
-    def __init__(self, upstream: str, kinds: Sequence[str], share: float, seed: int) -> None:
+    def __init__(
+        self, upstream: str, kinds: Sequence[str], share: float, seed: int, engine: Mortal | None = None
+    ) -> None:
         if unknown := set(kinds).difference(FAULTS):
             raise ValueError(f"unknown faults {sorted(unknown)}: choose from {', '.join(FAULTS)}")
-        self.kinds, self.share, self.seed = list(kinds), share, seed
+        if "dies" in kinds and engine is None:
+            raise ValueError("the fault 'dies' needs an engine that can")
+        self.kinds, self.share, self.seed, self.engine = list(kinds), share, seed, engine
         self.injected: Counter[str] = Counter()
         self.requests = 0
         self._upstream = httpx.AsyncClient(base_url=upstream, timeout=None, trust_env=False)
@@ -64,8 +78,7 @@ class FaultProxy:
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        for task in self._returning:
-            task.cancel()
+        await asyncio.gather(*self._returning)
         self._vanish()
         await self._upstream.aclose()
 
@@ -86,12 +99,15 @@ class FaultProxy:
             _reset(writer)
 
     def die(self, seconds: float) -> None:
-        """Be gone for a while."""
-        if self._server is None:
+        """Let the engine die, and start it again after a while."""
+        engine = self.engine
+        if self._server is None or engine is None:
             return  # dead already
 
         async def come_back() -> None:
+            await asyncio.to_thread(engine.kill)
             await asyncio.sleep(seconds)
+            await asyncio.to_thread(engine.revive)
             await self._listen()
 
         self._vanish()
@@ -305,7 +321,9 @@ ENDLESS = frozenset({"hangs", "stall", "drip"})
 
 
 @contextmanager
-def faulty(upstream: str, kinds: Sequence[str], share: float, seed: int) -> Iterator[FaultProxy]:
+def faulty(
+    upstream: str, kinds: Sequence[str], share: float, seed: int, engine: Mortal | None = None
+) -> Iterator[FaultProxy]:
     """A proxy in a thread of its own."""
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever, daemon=True)
@@ -315,9 +333,9 @@ def faulty(upstream: str, kinds: Sequence[str], share: float, seed: int) -> Iter
         async def run() -> None:
             await work
 
-        asyncio.run_coroutine_threadsafe(run(), loop).result(10)
+        asyncio.run_coroutine_threadsafe(run(), loop).result(300)
 
-    proxy = FaultProxy(upstream, kinds, share, seed)
+    proxy = FaultProxy(upstream, kinds, share, seed, engine)
     wait(proxy.__aenter__())
     try:
         yield proxy

@@ -26,10 +26,11 @@ from pathlib import Path
 from typing import Any
 
 import fault_proxy
-from engine_fixtures import EXACT, started_llama
+from engine_fixtures import EXACT, kill, started_llama
 
 from pytest_pocket import records
 from pytest_pocket.backends import gguf_file
+from pytest_pocket.backends.process import Process, free_port
 from pytest_pocket.registry import shipped
 
 MODEL = "rlvr-v1"
@@ -40,13 +41,10 @@ TASKS = (
 TURNS = 4
 GRACE = 3.0
 """Seconds by which an episode may be over its limit: the time of its sandbox's end."""
-FILLING = """
-import os, resource
-
-def pytest_runtest_logreport(report):
-    resource.setrlimit(resource.RLIMIT_FSIZE, (int(os.environ["ROOM"]), resource.RLIM_INFINITY))
-"""
-"""A plugin with which files may grow no further, for a full disk, once what all sandboxes share is there."""
+DISK = "disk"
+"""Where the small disk is."""
+KEEP = f'"$@"; status=$?; cp -r {DISK}/run run-full; exit $status'
+"""Run a command, and save what it left on that disk."""
 JUMPING = """
 import random, time
 now, began = time.time, time.monotonic()
@@ -187,16 +185,40 @@ def judge(
         row.broken.append(f"an episode of {row.longest} s where {timeout} s were allowed")
 
 
+class Llama:
+    """The shipped model in a server that can be killed, as exact as transformers: no reply depends on what else runs."""
+
+    def __init__(self, program: Path, folder: Path) -> None:
+        self._program, self._weights = program, folder / f"{MODEL}.gguf"
+        gguf_file.write(str(shipped() / MODEL), self._weights, dtype="float32")
+        self._process, self.address = self._start(free_port())
+
+    def _start(self, port: int) -> tuple[Process, str]:
+        return started_llama(self._program, self._weights, "-t", "1", *EXACT, seconds=300, port=port)
+
+    def kill(self) -> None:
+        """Let the process die."""
+        kill(self._process)
+
+    def revive(self) -> None:
+        """Start it again where it was, if it is dead, and wait until it answers."""
+        if not self._process.running:
+            self._process.close()
+            self._process, _ = self._start(int(self.address.rpartition(":")[2]))
+
+    def close(self) -> None:
+        """End it."""
+        self._process.close()
+
+
 @contextmanager
-def llama(program: Path, folder: Path) -> Iterator[str]:
-    """The shipped model in a server, as exact as transformers, so that a reply does not depend on what else runs."""
-    weights = folder / f"{MODEL}.gguf"
-    gguf_file.write(str(shipped() / MODEL), weights, dtype="float32")
-    process, address = started_llama(program, weights, "-t", "1", *EXACT, seconds=300)
+def llama(program: Path, folder: Path) -> Iterator[Llama]:
+    """Such a server for a while."""
+    server = Llama(program, folder)
     try:
-        yield address
+        yield server
     finally:
-        process.close()
+        server.close()
 
 
 def rewards(bench: Bench, model: str, run: str, **environment: str) -> dict[Cell, float]:
@@ -215,12 +237,13 @@ def engine_fault(
     plain: dict[Cell, float],
     share: float,
     *,
+    engine: Llama | None = None,
     streamed: bool = False,
 ) -> Row:
-    """A session with a llama.cpp server behind the proxy; ``streamed``: with Ollama there."""
+    """A session with a llama.cpp server behind the proxy, ``engine`` if it may die; ``streamed``: with Ollama there."""
     name = STREAMED if streamed else MIXED if len(kinds) > 1 else kinds[0]
     row, run = Row(name), f"run-{len(list(bench.folder.glob('run-*')))}"
-    with fault_proxy.faulty(upstream, kinds, share, SEED) as proxy:
+    with fault_proxy.faulty(upstream, kinds, share, SEED, engine) as proxy:
         if streamed:
             session = bench.play(f"ollama:{MODEL}", run, OLLAMA_HOST=proxy.url)
         else:
@@ -317,11 +340,15 @@ def _words(pid: str) -> bytes:
 
 
 def full_disk(bench: Bench, model: str, plain: dict[Cell, float]) -> Row:
-    """A file of records that may not grow beyond a third of what is needed; then a resumed session."""
+    """Records on a disk with room for a third of what is needed; then a session that resumes them elsewhere."""
     row, run = Row("full disk"), "run-full"
-    size = (bench.folder / "run-plain" / records.EPISODES).stat().st_size // 3
-    (bench.folder / "filling.py").write_text(FILLING)
-    session = bench.play(model, run, "-p", "filling", PYTHONPATH=str(bench.folder), ROOM=str(size))
+    plain_run = bench.folder / "run-plain"
+    size = (plain_run / records.EPISODES).stat().st_size // 3 + (plain_run / records.RUN).stat().st_size
+    small = ["--size", str(size), "--tmpfs", str(bench.folder / DISK), "--chdir", str(bench.folder)]
+    # The session's own sandboxes are made inside: where root makes them, it needs its capabilities for that.
+    root = [] if os.geteuid() else ["--cap-add", "ALL"]
+    command = ["bwrap", *root, "--dev-bind", "/", "/", *small, "--", "sh", "-c", KEEP, "sh"]
+    session = bench.start([*command, *bench.command(model, f"{DISK}/run")]).end()
     row.injected, row.status = 1, [session.status]
     if session.status in (0, 1) or "cannot write records" not in session.said:
         row.broken.append(f"exit status {session.status}: {session.said}")

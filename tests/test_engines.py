@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -17,8 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from engine_fixtures import EXACT, shown, start, started_llama
-from toy_project import wait_for
+from engine_fixtures import EXACT, kill, shown, start, started_llama
 
 pytest.importorskip("openai")
 pytest.importorskip("gguf")
@@ -151,9 +149,7 @@ def test_vllm_samples_candidates_at_once_ends_in_time_and_is_said_when_it_dies(
         assert 0 < late.completion_tokens < 1900
 
         process = backend._started.process
-        found = subprocess.run(["pgrep", "-P", str(process._keeper.pid)], capture_output=True, text=True)
-        os.kill(int(found.stdout.split()[0]), signal.SIGKILL)
-        wait_for(lambda: not process.running)
+        kill(process)
         with pytest.raises(EngineError, match=f"the vLLM server of '{MODEL}' has died: "):
             backend.chat(request)
     finally:

@@ -19,7 +19,7 @@ pytest.importorskip("ollama")
 import fault_proxy
 import fault_sessions
 from engine_fixtures import started_double
-from fault_sessions import MODEL, Bench, Cell, rewards
+from fault_sessions import MODEL, Bench, Cell, Llama, rewards
 
 SECONDS = 8.0
 """The limit of an episode: what a hang costs."""
@@ -33,22 +33,22 @@ def cells() -> tuple[str, ...]:
 
 
 @pytest.fixture
-def upstream(tmp_path: Path, llama_server_binary: Path) -> Iterator[str]:
-    with fault_sessions.llama(llama_server_binary, tmp_path) as address:
-        yield address
+def engine(tmp_path: Path, llama_server_binary: Path) -> Iterator[Llama]:
+    with fault_sessions.llama(llama_server_binary, tmp_path) as server:
+        yield server
 
 
 def test_an_engines_faults_are_waited_out_or_infra_and_never_scored(
-    tmp_path: Path, upstream: str, cells: tuple[str, ...]
+    tmp_path: Path, engine: Llama, cells: tuple[str, ...]
 ) -> None:
     calm = Bench(tmp_path, cells, 120.0)
-    calm.configure(upstream)
+    calm.configure(engine.address)
     plain = rewards(calm, "engine", "run-plain")
     bench = Bench(tmp_path, cells, SECONDS)
     # One that dies takes all with it that comes in the meantime: for itself.
     kinds = [kind for kind in fault_proxy.FAULTS if kind != "dies"]
-    row = fault_sessions.engine_fault(bench, upstream, kinds, plain, share=0.3)
-    died = fault_sessions.engine_fault(bench, upstream, ["dies"], plain, share=0.1)
+    row = fault_sessions.engine_fault(bench, engine.address, kinds, plain, share=0.3)
+    died = fault_sessions.engine_fault(bench, engine.address, ["dies"], plain, share=0.1, engine=engine)
     assert died.broken == []
     assert died.injected > 0
     assert row.broken == []
@@ -58,7 +58,7 @@ def test_an_engines_faults_are_waited_out_or_infra_and_never_scored(
 
 
 def test_a_stream_that_breaks_or_stalls_is_infra_and_never_a_limit(
-    tmp_path: Path, llama_server_binary: Path, upstream: str, cells: tuple[str, ...]
+    tmp_path: Path, llama_server_binary: Path, engine: Llama, cells: tuple[str, ...]
 ) -> None:
     weights = f"{MODEL}={tmp_path / MODEL}.gguf"
     with started_double(llama_server_binary, "--model", weights) as (_, host):

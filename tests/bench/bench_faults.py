@@ -44,13 +44,15 @@ def engines(options: argparse.Namespace, folder: Path) -> Iterator[dict[str, Cal
     runs = -(-options.episodes // (2 * len(TASKS) * len(ENGINES)))
     bench = Bench(folder, ("-k", " or ".join(TASKS), f"--runs={runs}"), options.timeout)
     calm = replace(bench, timeout=CALM * options.timeout)
-    with fault_sessions.llama(program, folder) as upstream:
-        bench.configure(upstream)
+    with fault_sessions.llama(program, folder) as engine:
+        bench.configure(engine.address)
         plain = rewards(calm, "engine", "run-plain")
 
         def behind_a_proxy(*kinds: str) -> Row:
             limited = bench if fault_proxy.ENDLESS.intersection(kinds) else calm
-            return fault_sessions.engine_fault(limited, upstream, kinds, plain, options.share)
+            return fault_sessions.engine_fault(
+                limited, engine.address, kinds, plain, options.share, engine=engine
+            )
 
         def streamed() -> Row:
             given = ("--model", f"{MODEL}={folder / MODEL}.gguf")
