@@ -81,18 +81,10 @@ class Tally:
         return [(1 - focus) / len(rates) + focus * rate / sum(rates) for rate in rates]
 
 
-def rollouts(
-    plan: RL,
-    step: int,
-    backend: Backend,
-    workshop: Workshop,
-    tally: Tally | None = None,
-    kinds: float = 1.0,
-) -> list[list[Episode]]:
-    """The groups of a step: attempts at one instance under one condition, a list for each.
-
-    ``kinds`` is the share of each list of kinds that traces show.
-    """
+def draws(
+    plan: RL, step: int, tally: Tally | None = None, kinds: float = 1.0
+) -> list[tuple[Instance, Condition]]:
+    """What the groups of a step attempt.  ``kinds`` is the share of each list of kinds that traces show."""
     choice = random.Random(f"{plan.seed}:{step}")
     tasks = list(task_list.shipped().values())
     tally = tally or Tally()
@@ -103,8 +95,7 @@ def rollouts(
     for _ in range(plan.instances):
         if again and choice.random() < plan.revisit:
             name, seed = again.pop()
-            task = task_list.find(name)
-            instance = task.build(seed)
+            instance = task_list.find(name).build(seed)
         else:
             task = choice.choices(tasks, weights)[0]
             left_out = choice.random() < plan.left_out
@@ -112,11 +103,25 @@ def rollouts(
         condition = Condition(
             choice.choices(prompts, shares)[0], choice.random() < plan.think, plan.temperature
         )
-        groups.append((task, instance, condition))
+        groups.append((instance, condition))
+    return groups
+
+
+def rollouts(
+    plan: RL,
+    step: int,
+    backend: Backend,
+    workshop: Workshop,
+    tally: Tally | None = None,
+    kinds: float = 1.0,
+) -> list[list[Episode]]:
+    """The groups of a step: attempts at what ``draws`` draws, a list for each."""
+    groups = draws(plan, step, tally, kinds)
     budget = Budget(turns=plan.turns, tokens=plan.tokens, reply_tokens=plan.reply_tokens)
 
     def attempt(number: int) -> Episode:
-        task, instance, condition = groups[number // plan.group]
+        instance, condition = groups[number // plan.group]
+        task = task_list.find(instance.task)
         sample = step * plan.group + number % plan.group
         return play(
             task, instance, backend, workshop, condition, budget=budget, seed=plan.seed, sample=sample

@@ -2,9 +2,10 @@
 
     python tests/bench/bench_trl.py --out reports/bench/trl.json
 
-SFT: steps of four traces each, AdamW in all, Muon in ours besides.  GRPO: groups of eight attempts at training
+SFT: steps of four traces each, AdamW in all, Muon in ours besides.  GRPO: groups of eight attempts at the same training
 instances; TRL's ``GRPOTrainer`` plays them through ``environment_factory`` over our sandbox and tools, ours through the
-suite's loop.  CPU seconds are of the process and its sandboxes, and say more than wall seconds on a shared machine.
+suite's loop.  CPU seconds are of the process and its sandboxes, and say more than wall seconds on a shared machine.  All
+alternate; medians of the repeats.
 """
 
 from __future__ import annotations
@@ -13,11 +14,11 @@ import argparse
 import json
 import os
 import platform
-import random
 import resource
+import statistics
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from importlib.metadata import version
@@ -33,7 +34,6 @@ from trl.chat_template_utils import qwen3_5_template
 from pytest_pocket import sandbox, task_list, tools
 from pytest_pocket.backends.hf import HFBackend
 from pytest_pocket.chat import ToolCall
-from pytest_pocket.conditions import Condition
 from pytest_pocket.episode import Workshop, play
 from pytest_pocket.registry import shipped
 from pytest_pocket.sandbox import Sandbox
@@ -220,15 +220,20 @@ def reward(completions: list[Any], environments: list[Environment], **_: Any) ->
     ]
 
 
+def rl(instances: int) -> recipe.RL:
+    """Both sides' groups: of the raw prompt, with one update a step."""
+    return replace(
+        PLAN.rlvr, prompts={"raw": 1.0}, think=0.0, temperature=1.0, instances=instances, group=GROUP, updates=1, muon_lr=0.0
+    )  # fmt: skip
+
+
 def trl_grpo(instances: int, steps: int) -> dict[str, float]:
     """TRL's GRPOTrainer, its environments over our sandbox."""
     model, tokenizer = loaded()
     tokenizer.response_template = qwen3_5_template
-    choice = random.Random(0)
-    rows = []
-    for number in range(instances * steps):
-        instance = rlvr.drawn(list(task_list.shipped())[number % 19], choice)
-        prompt = [message.to_dict() for message in Condition("raw").messages(instance.prompt)]
+    plan, rows = rl(instances), []
+    for instance, condition in (each for step in range(steps) for each in rlvr.draws(plan, step)):
+        prompt = [message.to_dict() for message in condition.messages(instance.prompt)]
         rows.append({"prompt": prompt, "task": instance.task, "seed": instance.seed})
     table: dict[str, float] = {}
     with tempfile.TemporaryDirectory() as folder:
@@ -255,7 +260,7 @@ def trl_grpo(instances: int, steps: int) -> dict[str, float]:
 def ours_grpo(instances: int, steps: int) -> dict[str, float]:
     """Our loop with one update a step; it is made to learn from all groups, as TRL's does."""
     model, tokenizer = loaded()
-    plan = replace(PLAN.rlvr, prompts={"raw": 1.0}, instances=instances, group=GROUP, updates=1, muon_lr=0.0)
+    plan = rl(instances)
     optimizers = fit.optimizers_of(model, 0.0, 1e-4)
     workshop = Workshop(sandbox.select("auto"))
     backend = HFBackend.around(model.eval(), tokenizer)
@@ -279,6 +284,11 @@ def ours_grpo(instances: int, steps: int) -> dict[str, float]:
     return {**table, "reward": round(sum(rewards) / len(rewards), 3)}
 
 
+def medians(samples: list[dict[str, float]]) -> dict[str, float]:
+    """Figure by figure."""
+    return {name: round(statistics.median(each[name] for each in samples), 3) for name in samples[0]}
+
+
 def _ratio(table: dict[str, dict[str, float]], unit: str) -> float:
     """Ours against TRL's."""
     return round(table["ours"][unit] / table["trl"][unit], 2)
@@ -288,7 +298,8 @@ def main() -> None:
     """Measure, print, and write by option."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--steps", type=int, default=40, help="of SFT")
-    parser.add_argument("--rollout-steps", type=int, default=2)
+    parser.add_argument("--rollout-steps", type=int, default=1)
+    parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--instances", type=int, default=8, help="of a step of GRPO, eight attempts each")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
@@ -297,11 +308,21 @@ def main() -> None:
     found = texts(loaded()[1], options.steps)
     tokens = sum(len(text.ids) for text in found)
     rollouts = options.rollout_steps * options.instances * GROUP
-    sft = {"trl": trl_sft(found), "ours": ours_sft(found, 0.0), "ours_with_muon": ours_sft(found, 0.002)}
-    grpo = {
-        "trl": trl_grpo(options.instances, options.rollout_steps),
-        "ours": ours_grpo(options.instances, options.rollout_steps),
+    variants: dict[str, Callable[[], dict[str, float]]] = {
+        "sft trl": lambda: trl_sft(found),
+        "sft ours": lambda: ours_sft(found, 0.0),
+        "sft ours_with_muon": lambda: ours_sft(found, 0.002),
+        "grpo trl": lambda: trl_grpo(options.instances, options.rollout_steps),
+        "grpo ours": lambda: ours_grpo(options.instances, options.rollout_steps),
     }
+    samples: dict[str, list[dict[str, float]]] = {name: [] for name in variants}
+    for _ in range(options.repeats):
+        for name, variant in variants.items():
+            samples[name].append(variant())
+    sft, grpo = (
+        {name.split()[1]: medians(each) for name, each in samples.items() if name.startswith(stage)}
+        for stage in ("sft", "grpo")
+    )
     for table, unit, count in ((sft, "tokens", tokens), (grpo, "rollouts", rollouts)):
         for each in table.values():
             each[f"{unit}_per_cpu_second"] = round(count / each["cpu_seconds"], 2)
@@ -318,6 +339,7 @@ def main() -> None:
         },
         "sft": {"steps": options.steps, "traces_a_step": TRACES_A_STEP, "tokens": tokens, **sft},
         "grpo": {"steps": options.rollout_steps, "rollouts": rollouts, **grpo},
+        "samples": samples,
     }
     text = json.dumps(result, indent=2)
     print(text)
