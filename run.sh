@@ -46,8 +46,8 @@ fi
 
 if [ "${1:-}" = tests ]; then
     shift
-    # A worker that crashes ends the run: by groups, xdist would wait for ever for what that worker had not begun.
-    exec "$VENV/bin/python" -m pytest tests -n 2 --dist loadgroup --max-worker-restart 0 --timeout 600 "$@"
+    # A worker that crashes ends the run: with groups of tests, xdist would wait for ever for what that worker had left.
+    exec "$VENV/bin/python" -m pytest tests -n 2 --max-worker-restart 0 --timeout 600 "$@"
 fi
 if [ "${1:-}" = reports ]; then
     "$VENV/bin/python" reports/render.py

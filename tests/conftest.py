@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 from pathlib import Path
+from typing import Any
 
 import hypothesis
 import pytest
@@ -26,6 +27,30 @@ hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default")
 # A shell's background job ignores interrupts, and so would all that the tests start from it.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+TOGETHER = {
+    # Servers of engines, and a cluster of Ray, would be started in every worker, and leave no processor to the others.
+    "engines": ("test_engines.py", "test_engine_faults.py", "test_faults.py", "test_real_ollama.py"),
+    "ray": ("test_ray.py",),
+    # One worker plays the run for all of them.
+    "preferences": ("test_dpo.py",),
+}
+"""Files whose tests one worker runs; those of others go wherever there is room."""
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Instead of ``--dist loadgroup``, whose marks xdist 3.8 does not see with pytest 9.2."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    groups = {file: group for group, files in TOGETHER.items() for file in files}
+
+    class Grouped(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return groups.get(nodeid.partition("::")[0].rpartition("/")[2], nodeid)
+
+    return Grouped(config, log)
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -32,10 +32,6 @@ GOOD, BAD = Rendered([5, 6, 7, 8], [0, 0, 1, 1], "raw"), Rendered([5, 6, 9, 4, 3
 PAIR = Pair("raw", [GOOD], [BAD])
 
 
-# One worker plays the run for all of them.
-pytestmark = pytest.mark.xdist_group("preferences")
-
-
 @pytest.fixture
 def model(tmp_path: Path) -> Any:
     return AutoModelForCausalLM.from_pretrained(make_qwen3(tmp_path / "model"), dtype=torch.float32)

@@ -37,7 +37,7 @@ MODEL = "rlvr-v1"
 TASKS = ("--pyargs", "pytest_pocket.tasks", "--tb=line", "--pocket-records=run")
 MUTE = "{% for message in messages %}{{ message.content }}{% endfor %}"
 
-pytestmark = [pytest.mark.timeout(600), pytest.mark.xdist_group("engines")]
+pytestmark = pytest.mark.timeout(600)
 
 
 @pytest.fixture(scope="module")

@@ -46,7 +46,7 @@ FORCED = (
     "unknown tool",
 )
 
-pytestmark = [pytest.mark.timeout(900), pytest.mark.xdist_group("engines")]
+pytestmark = pytest.mark.timeout(900)
 
 
 def expected(**different: str) -> dict[str, str]:

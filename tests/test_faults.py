@@ -24,7 +24,7 @@ from fault_sessions import MODEL, Bench, Cell, Llama, rewards
 SECONDS = 8.0
 """The limit of an episode: what a hang costs."""
 
-pytestmark = [pytest.mark.timeout(600), pytest.mark.xdist_group("engines")]
+pytestmark = pytest.mark.timeout(600)
 
 
 @pytest.fixture

@@ -23,8 +23,6 @@ from pytest_pocket.conditions import Condition
 from pytest_pocket.options import OptionError
 from pytest_pocket.registry import Model, Registry
 
-pytestmark = pytest.mark.xdist_group("ray")
-
 PLACE_AND_TIME = ("started", "seconds")
 PATIENCE = {
     "RAY_USAGE_STATS_ENABLED": "0",

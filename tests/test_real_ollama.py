@@ -36,7 +36,7 @@ NAME = "pocket-test-of-the-suite"
 HOST = os.environ.get("OLLAMA_HOST", "")
 ASK = (Message("user", "What is the port in config.toml?"),)
 
-pytestmark = [pytest.mark.real_ollama, pytest.mark.timeout(900), pytest.mark.xdist_group("engines")]
+pytestmark = [pytest.mark.real_ollama, pytest.mark.timeout(900)]
 
 
 @pytest.fixture(scope="module")
