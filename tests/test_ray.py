@@ -104,33 +104,46 @@ class Steady:
 
 
 class Machines:
-    """A local cluster of Ray: a head and more nodes, one CPU each, in processes of their own."""
+    """A local cluster of Ray: see ray_machines.py."""
 
-    def __init__(self) -> None:
-        cluster_utils = pytest.importorskip("ray.cluster_utils")
-        self.cluster = cluster_utils.Cluster()
-        self.head = self.add()
-        self.address: str = self.cluster.address
+    def __init__(self, process: subprocess.Popen[str]) -> None:
+        self._process = process
+        self.address: str = self.add()["address"]
 
-    def add(self) -> Any:
-        return self.cluster.add_node(num_cpus=1, object_store_memory=80 * 2**20, include_dashboard=False)
+    def add(self) -> dict[str, Any]:
+        """One more machine: its number, its raylet's process, and the cluster's address."""
+        return self._ask("add")
 
-    def kill(self, node: Any) -> None:
-        """End all processes of a node, as a power cut would."""
-        self.cluster.remove_node(node, allow_graceful=False)
+    def kill(self, machine: dict[str, Any]) -> None:
+        """End all processes of a machine, as a power cut would."""
+        self._ask(f"kill {machine['number']}")
+
+    def _ask(self, command: str) -> dict[str, Any]:
+        assert self._process.stdin
+        assert self._process.stdout
+        print(command, file=self._process.stdin, flush=True)
+        for line in self._process.stdout:
+            if line.startswith("told "):
+                answer: dict[str, Any] = json.loads(line.removeprefix("told "))
+                return answer
+        raise AssertionError(f"the cluster has ended: {self._process.wait()}")
 
 
 @pytest.fixture(scope="module")
 def machines() -> Iterator[Machines]:
-    with pytest.MonkeyPatch.context() as patch:
+    pytest.importorskip("ray")
+    command = [sys.executable, str(Path(__file__).with_name("ray_machines.py"))]
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env={**os.environ, **PATIENCE}
+        ) as process,
+    ):
         for name, value in PATIENCE.items():
             patch.setenv(name, value)
-        found = Machines()
+        found = Machines(process)
         patch.setenv("RAY_ADDRESS", found.address)
-        try:
-            yield found
-        finally:
-            found.cluster.shutdown()
+        yield found
 
 
 def _start(folder: Path, *args: str) -> subprocess.Popen[str]:
@@ -186,7 +199,7 @@ def test_a_machine_lost_in_mid_run_costs_nothing_and_nothing_counts_twice(
     doomed = machines.add()
     there = _start(tmp_path, *asked, "--pocket-executor=ray", "--pocket-records=there")
     file, begun = tmp_path / "there" / "episodes.jsonl", tmp_path / "begun.txt"
-    raylet = f" {doomed.all_processes['raylet'][0].process.pid}\n"
+    raylet = f" {doomed['raylet']}\n"
     wait_for(lambda: begun.exists() and raylet in begun.read_text(), seconds=300)
     machines.kill(doomed)
     # Results are recorded as they come back, long before the last one.
