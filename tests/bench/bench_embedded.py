@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
 import tempfile
 from pathlib import Path
 
 from bench_scale import pytest
+from setting import setting, write
 
 MODEL = "sft-run6"
 LIMITS = {"seconds": 60.0, "peak_mib": 2048.0}
@@ -24,7 +24,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
-    load = round(os.getloadavg()[0], 2)
+    where = setting("torch", "transformers", model=MODEL)
     samples: dict[str, list[float]] = {"seconds": [], "peak_mib": []}
     episodes = 0
     for _ in range(options.repeats):
@@ -37,15 +37,13 @@ def main() -> None:
         samples["seconds"].append(round(spent.wall, 2))
         samples["peak_mib"].append(round(spent.peak, 1))
     result = {
-        "model": MODEL,
-        "cpus": os.cpu_count(),
-        "load_before": load,
         "episodes": episodes,
         "samples": samples,
         "medians": {name: statistics.median(values) for name, values in samples.items()},
         "limits": LIMITS,
+        "setting": where,
     }
-    options.out.write_text(json.dumps(result, indent=2) + "\n")
+    write(result, options.out)
     print(json.dumps(result["medians"]))
 
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
 import subprocess
 import tempfile
@@ -25,6 +24,7 @@ from typing import Any
 
 import httpx
 from bench_hf import MAX_TOKENS, requests
+from setting import setting, write
 
 from pytest_pocket.backends.vllm import VLLMBackend
 from pytest_pocket.chat import ChatRequest
@@ -87,6 +87,7 @@ def measure(name: str, repeats: int) -> dict[str, Any]:
     backend = registry.build(model)
     assert isinstance(backend, VLLMBackend)
     base_url = backend.base_url
+    version = httpx.get(base_url.removesuffix("/v1") + "/version", trust_env=False).json()["version"]
     asked = [replace(each, sampling=replace(each.sampling, max_tokens=MAX_TOKENS)) for each in requests()]
     endless = VLLMBackend(backend.name, base_url, extra={"ignore_eos": True}, reference=model.target)
     try:
@@ -114,7 +115,7 @@ def measure(name: str, repeats: int) -> dict[str, Any]:
     queried = after["queries"] - before["queries"]
     return {
         "model": name,
-        "cpus": os.cpu_count(),
+        "vllm": version,
         "in_flight": IN_FLIGHT,
         "requests": len(asked),
         "tokens_a_request": MAX_TOKENS,
@@ -138,8 +139,9 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=12)
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
-    result = measure(options.model, options.repeats)
-    options.out.write_text(json.dumps(result, indent=2) + "\n")
+    where = setting("openai", repeats=options.repeats)
+    result = {**measure(options.model, options.repeats), "setting": where}
+    write(result, options.out)
     print(
         json.dumps(
             {key: result[key] for key in ("medians", "ratio", "ratio_same_fields", "prefix_cache")}, indent=2

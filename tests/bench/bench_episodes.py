@@ -11,8 +11,6 @@ import argparse
 import cProfile
 import importlib.util
 import json
-import os
-import platform
 import pstats
 import re
 import resource
@@ -25,6 +23,8 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+
+from setting import setting, write
 
 from pytest_pocket import records
 from pytest_pocket.chat import ChatReply, ChatRequest, ToolCall
@@ -228,9 +228,7 @@ def main() -> None:
     if options.profile:
         profile(options.episodes)
         return
-    load = os.getloadavg()[0]
-    if load > 1:
-        print(f"the machine is busy (load {load:.1f}): these numbers will be too low", file=sys.stderr)
+    where = setting(episodes=options.episodes, turns=TURNS, sandboxed_calls=2)
     samples = measure(options.episodes, options.repeats)
     medians = {label: round(statistics.median(values), 3) for label, values in samples.items()}
     serial = medians["serial_episodes_per_s"]
@@ -242,20 +240,10 @@ def main() -> None:
             if label.startswith("in_flight")
         },
         "samples": {label: [round(value, 3) for value in values] for label, values in samples.items()},
-        "setting": {
-            "episodes": options.episodes,
-            "turns": TURNS,
-            "sandboxed_calls": 2,
-            "cores": os.cpu_count(),
-            "load_before": round(load, 2),
-            "python": platform.python_version(),
-            "machine": platform.machine(),
-        },
+        "setting": where,
     }
     print(json.dumps({key: report[key] for key in ("medians", "ratios_to_serial", "setting")}, indent=2))
-    if options.out:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps(report, indent=2) + "\n")
+    write(report, options.out)
 
 
 if __name__ == "__main__":

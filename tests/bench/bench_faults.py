@@ -11,8 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import signal
 import sys
 import tempfile
@@ -29,6 +27,7 @@ import engine_fixtures
 import fault_proxy
 import fault_sessions
 from fault_sessions import GRACE, MIXED, MODEL, STREAMED, TASKS, TURNS, Bench, Row, rewards
+from setting import setting, write
 
 ENGINES = (*fault_proxy.FAULTS, MIXED, STREAMED)
 CALM = 10
@@ -81,6 +80,7 @@ def main() -> None:
     # A shell's background job ignores interrupts, and so would all sessions that it starts.
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    where = setting("openai", "ollama")
     wanted = list(filter(None, options.only.split(",")))
     known: dict[str, dict[str, Any]] = {}
     if wanted and options.out.is_file():
@@ -92,8 +92,7 @@ def main() -> None:
                 continue
             known[name] = asdict(row())
             print(json.dumps(known[name]), flush=True)
-            options.out.parent.mkdir(parents=True, exist_ok=True)
-            options.out.write_text(json.dumps(report(options, known, order), indent=2) + "\n")
+            write(report(options, known, order, where), options.out)
 
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -108,7 +107,7 @@ def main() -> None:
                 measure(rows)
         measure(sessions)
     broken = [f"{row['fault']}: {line}" for row in known.values() for line in row["broken"]]
-    played = report(options, known, order)["episodes"]
+    played = report(options, known, order, where)["episodes"]
     if played < options.episodes:
         broken.append(f"{played} episodes under engines' faults, not {options.episodes}")
     for line in broken:
@@ -116,7 +115,9 @@ def main() -> None:
     sys.exit(bool(broken))
 
 
-def report(options: argparse.Namespace, known: dict[str, dict[str, Any]], order: list[str]) -> dict[str, Any]:
+def report(
+    options: argparse.Namespace, known: dict[str, dict[str, Any]], order: list[str], where: dict[str, Any]
+) -> dict[str, Any]:
     """What the file holds."""
     return {
         "episodes": sum(row["episodes"] for name, row in known.items() if name in ENGINES),
@@ -127,8 +128,7 @@ def report(options: argparse.Namespace, known: dict[str, dict[str, Any]], order:
             "share_of_requests": options.share,
             "grace_s": GRACE,
             "turns": TURNS,
-            "cores": os.cpu_count(),
-            "python": platform.python_version(),
+            **where,
         },
     }
 

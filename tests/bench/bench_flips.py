@@ -11,6 +11,8 @@ import argparse
 import json
 from pathlib import Path
 
+from setting import setting, write
+
 from pytest_pocket.backends.hf import HFBackend
 from pytest_pocket.conditions import Condition
 from pytest_pocket.registry import Registry
@@ -24,6 +26,7 @@ def main() -> None:
     parser.add_argument("--in-flight", type=int, default=32)
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
+    where = setting("torch", "transformers")
     backend = HFBackend(Registry().resolve(options.model).target)
     counts = {
         "model": options.model,
@@ -42,8 +45,7 @@ def main() -> None:
         counts["texts_differ"] += sum(a.messages != b.messages for a, b in zip(one, many, strict=True))
     backend.close()
     counts["flip_rate"] = round(counts["outcomes_flipped"] / counts["episodes"], 4)
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(counts, indent=2) + "\n")
+    write({**counts, "setting": where}, options.out)
     print(json.dumps(counts))
 
 

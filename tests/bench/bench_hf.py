@@ -10,14 +10,14 @@ The requests are the first turns of the tasks on dev, with the tools, as an epis
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import statistics
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+
+from setting import setting, write
 
 from pytest_pocket import task_list
 from pytest_pocket.backends.hf import HFBackend
@@ -80,7 +80,6 @@ def in_flight(backend: HFBackend) -> None:
 
 def measure(model: str, repeats: int) -> dict[str, Any]:
     """Requests per second of each way: every repeat, the medians, and their ratios to one at a time."""
-    import torch
 
     ways: list[Callable[[HFBackend], None]] = [one_at_a_time, static_batches, in_flight]
     rates: dict[str, list[float]] = {way.__name__: [] for way in ways}
@@ -98,9 +97,6 @@ def measure(model: str, repeats: int) -> dict[str, Any]:
     return {
         "model": model,
         "parameters": parameters,
-        "torch": torch.__version__,
-        "torch_threads": torch.get_num_threads(),
-        "cpus": os.cpu_count(),
         "in_flight": IN_FLIGHT,
         "requests_per_second": rates,
         "medians": medians,
@@ -119,8 +115,9 @@ def main() -> None:
     import torch
 
     torch.set_num_threads(options.threads)
-    result = measure(options.model, options.repeats)
-    options.out.write_text(json.dumps(result, indent=2) + "\n")
+    where = setting("torch", "transformers", torch_threads=options.threads)
+    result = {**measure(options.model, options.repeats), "setting": where}
+    write(result, options.out)
     for name, median in result["medians"].items():
         print(f"{name:16} {median:8.1f} requests/s  x{result['ratios'][name]:.2f}")
 

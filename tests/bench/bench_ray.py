@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -21,6 +20,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from setting import setting, write
 
 TASKS = 19
 SESSION = """
@@ -123,9 +124,8 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     options = parser.parse_args()
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-    load = os.getloadavg()[0]
-    if load > 1:
-        print(f"the machine is busy (load {load:.1f}): only ratios mean anything", file=sys.stderr)
+    episodes = TASKS * (options.many - options.few)
+    where = setting("ray", episodes=episodes, repeats=options.repeats)
     samples: dict[str, list[float]] = {}
     for _ in range(options.repeats):
         flat = {
@@ -145,19 +145,10 @@ def main() -> None:
             if name.endswith("_ms_per_episode") and "_own_" not in name
         },
         "samples": samples,
-        "setting": {
-            "episodes": TASKS * (options.many - options.few),
-            "repeats": options.repeats,
-            "cores": os.cpu_count(),
-            "load_before": round(load, 2),
-            "python": platform.python_version(),
-            "ray": __import__("ray").__version__,
-            "machine": platform.machine(),
-        },
+        "setting": where,
     }
     print(json.dumps({key: report[key] for key in ("medians", "ratios_to_pool_8", "setting")}, indent=2))
-    if options.out:
-        options.out.write_text(json.dumps(report, indent=2) + "\n")
+    write(report, options.out)
 
 
 if __name__ == "__main__":

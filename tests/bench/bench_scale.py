@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import re
 import statistics
 import subprocess
@@ -20,6 +19,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from setting import setting, write
 
 HERE = Path(__file__).parent
 LIMITS = {
@@ -179,9 +180,7 @@ def main() -> None:
     parser.add_argument("--sandbox", choices=("null", "bwrap"), default="null")
     parser.add_argument("--sizes", type=int, nargs="+", default=SIZES)
     options = parser.parse_args()
-    load = os.getloadavg()[0]
-    if load > 1:
-        print(f"the machine is busy (load {load:.1f}): these numbers will be too high", file=sys.stderr)
+    where = setting(sandbox=options.sandbox, repeats=options.repeats)
     samples = measure(options.repeats, options.sandbox, tuple(options.sizes))
     medians = {name: round(statistics.median(values), 3) for name, values in samples.items()}
     small, large = min(options.sizes), max(options.sizes)
@@ -193,19 +192,10 @@ def main() -> None:
         "limits": LIMITS,
         "kept": {name: medians[name] <= limit for name, limit in LIMITS.items() if name in medians},
         "samples": samples,
-        "setting": {
-            "sandbox": options.sandbox,
-            "repeats": options.repeats,
-            "cores": os.cpu_count(),
-            "load_before": round(load, 2),
-            "python": platform.python_version(),
-            "machine": platform.machine(),
-        },
+        "setting": where,
     }
     print(json.dumps({key: report[key] for key in ("medians", "kept", "setting")}, indent=2))
-    if options.out:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps(report, indent=2) + "\n")
+    write(report, options.out)
 
 
 if __name__ == "__main__":

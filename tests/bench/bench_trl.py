@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import resource
 import statistics
 import tempfile
@@ -21,12 +20,12 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset
+from setting import setting, write
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
 from trl.chat_template_utils import qwen3_5_template
@@ -305,6 +304,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
+    where = setting("trl", "transformers", "torch", torch_threads=1, repeats=options.repeats)
     found = texts(loaded()[1], options.steps)
     tokens = sum(len(text.ids) for text in found)
     rollouts = options.rollout_steps * options.instances * GROUP
@@ -328,11 +328,6 @@ def main() -> None:
             each[f"{unit}_per_cpu_second"] = round(count / each["cpu_seconds"], 2)
             each[f"{unit}_per_second"] = round(count / each["wall_seconds"], 2)
     result = {
-        "command": "python tests/bench/bench_trl.py",
-        "versions": {name: version(name) for name in ("trl", "transformers", "torch")},
-        "torch_threads": 1,
-        "cpus": os.cpu_count(),
-        "machine": platform.machine(),
         "ratios": {
             "sft_tokens_per_cpu_second": _ratio(sft, "tokens_per_cpu_second"),
             "grpo_rollouts_per_second": _ratio(grpo, "rollouts_per_second"),
@@ -340,11 +335,10 @@ def main() -> None:
         "sft": {"steps": options.steps, "traces_a_step": TRACES_A_STEP, "tokens": tokens, **sft},
         "grpo": {"steps": options.rollout_steps, "rollouts": rollouts, **grpo},
         "samples": samples,
+        "setting": where,
     }
-    text = json.dumps(result, indent=2)
-    print(text)
-    if options.out:
-        options.out.write_text(text + "\n")
+    print(json.dumps(result, indent=2))
+    write(result, options.out)
 
 
 if __name__ == "__main__":

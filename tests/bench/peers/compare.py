@@ -11,15 +11,16 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from setting import setting, write
 
 HERE = Path(__file__).parent
 PEERS = HERE.parents[2] / ".peers"
@@ -117,9 +118,7 @@ def main() -> None:
     options = parser.parse_args()
     if missing := [name for name, peer in ALL.items() if not peer.python.exists()]:
         sys.exit(f"no environment for {', '.join(missing)}: run sh tests/bench/peers/setup.sh")
-    load, start = os.getloadavg()[0], time.monotonic()
-    if load > 1:
-        print(f"the machine is busy (load {load:.1f}): these numbers will be too low", file=sys.stderr)
+    where = setting(repeats=options.repeats, turns=3, calls=2, suite_in_flight=SUITE_IN_FLIGHT)
     with tempfile.TemporaryDirectory() as folder:
         suite = Path(folder, "suite.json")
         subprocess.run([sys.executable, str(HERE / "suite.py"), str(suite)], check=True)
@@ -129,7 +128,6 @@ def main() -> None:
         for name, rates in samples.items()
     }
     report = {
-        "command": "python tests/bench/peers/compare.py",
         "episodes_per_s": medians,
         "times_as_fast": {
             name: {in_flight: round(medians[US][in_flight] / rate, 2) for in_flight, rate in rates.items()}
@@ -137,22 +135,10 @@ def main() -> None:
         },
         "peers": about,
         "samples": samples,
-        "setting": {
-            "repeats": options.repeats,
-            "turns": 3,
-            "calls": 2,
-            "suite_in_flight": SUITE_IN_FLIGHT,
-            "cores": os.cpu_count(),
-            "load_before": round(load, 2),
-            "seconds": round(time.monotonic() - start),
-            "python": platform.python_version(),
-            "machine": platform.machine(),
-        },
+        "setting": where,
     }
     print(table(medians, about))
-    if options.out:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps(report, indent=2) + "\n")
+    write(report, options.out)
 
 
 if __name__ == "__main__":
