@@ -35,8 +35,8 @@ CALM = 10
 
 
 @contextmanager
-def engines(options: argparse.Namespace, folder: Path) -> Iterator[dict[str, Callable[[], Row]]]:
-    """The rows that need engines, by name."""
+def measured(options: argparse.Namespace, folder: Path) -> Iterator[dict[str, Callable[[], Row]]]:
+    """The rows by name: faults of engines, then of sessions."""
     program = engine_fixtures.find("llama-server", "llama.sh")
     # An engine that dies takes along all that is asked of it in the meantime, and other faults would not show.
     together = [kind for kind in fault_proxy.FAULTS if kind != "dies"]
@@ -61,10 +61,16 @@ def engines(options: argparse.Namespace, folder: Path) -> Iterator[dict[str, Cal
                     bench, host, together, without, options.share, streamed=True
                 )
 
+        (folder / "sessions").mkdir()
+        small = Bench(
+            folder / "sessions", (*bench.select[:2], "--runs=2"), CALM * options.timeout, in_flight=2
+        )
+        small.configure(engine.address)
         yield {
             **{kind: partial(behind_a_proxy, kind) for kind in fault_proxy.FAULTS},
             MIXED: partial(behind_a_proxy, *together),
             STREAMED: streamed,
+            **fault_sessions.session_faults(small, "engine", options.times),
         }
 
 
@@ -86,26 +92,15 @@ def main() -> None:
     if wanted and options.out.is_file():
         known = {row["fault"]: row for row in json.loads(options.out.read_text())["rows"]}
 
-    def measure(rows: dict[str, Callable[[], Row]]) -> None:
+    with tempfile.TemporaryDirectory() as folder, measured(options, Path(folder)) as rows:
+        if unknown := set(wanted).difference(rows):
+            parser.error(f"unknown rows {', '.join(unknown)}: choose from {', '.join(rows)}")
         for name, row in rows.items():
-            if wanted and name not in wanted:
-                continue
-            known[name] = asdict(row())
-            print(json.dumps(known[name]), flush=True)
-            write(report(options, known, order, where), options.out)
-
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        (folder / "oracle").mkdir()
-        small = Bench(folder / "oracle", ("--runs=3",), CALM * options.timeout, in_flight=2)
-        sessions = fault_sessions.session_faults(small, "oracle", options.times)
-        order = [*ENGINES, *sessions]
-        if unknown := set(wanted).difference(order):
-            parser.error(f"unknown rows {', '.join(unknown)}: choose from {', '.join(order)}")
-        if not wanted or set(wanted).intersection(ENGINES):
-            with engines(options, folder) as rows:
-                measure(rows)
-        measure(sessions)
+            if not wanted or name in wanted:
+                known[name] = asdict(row())
+                print(json.dumps(known[name]), flush=True)
+                write(report(options, known, list(rows), where), options.out)
+        order = list(rows)
     broken = [f"{row['fault']}: {line}" for row in known.values() for line in row["broken"]]
     played = report(options, known, order, where)["episodes"]
     if played < options.episodes:
