@@ -116,6 +116,9 @@ def report(
     """What the file holds."""
     return {
         "episodes": sum(row["episodes"] for name, row in known.items() if name in ENGINES),
+        "totals": {
+            key: sum(row[key] for row in known.values()) for key in ("infra", "other", "lost", "twice")
+        },
         "rows": [known[name] for name in order if name in known],
         "setting": {
             "model": MODEL,
