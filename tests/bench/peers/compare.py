@@ -28,6 +28,7 @@ IN_FLIGHT = (1, 8, 32)
 SUITE_IN_FLIGHT = 8
 SUITE = "19 tasks"
 US = "pytest-pocket"
+PROGRAMS = "/usr/local/bin:/usr/bin:/bin"
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,8 @@ class Peer:
 
     def _run(self, *options: str) -> dict[str, Any]:
         command = [str(self.python), str(HERE / self.script), *options]
-        environment = {**os.environ, "HF_HUB_OFFLINE": "1", **self.environment}
+        # Commands meet the system's programs, as in our sandbox, and not a version manager's slow python3.
+        environment = {**os.environ, "PATH": PROGRAMS, "HF_HUB_OFFLINE": "1", **self.environment}
         done = subprocess.run(command, capture_output=True, text=True, env=environment)
         if done.returncode:
             sys.exit(f"{' '.join(command)} failed:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
