@@ -17,8 +17,10 @@ from pytest_pocket.sandbox.local import LocalProvider, LocalSandbox
 LIMITS = Limits(output_bytes=2**16, call_seconds=3.0)
 
 
-@pytest.fixture
-def sandbox() -> Iterator[LocalSandbox]:
+@pytest.fixture(params=["here", "macos"])
+def sandbox(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[LocalSandbox]:
+    if request.param == "macos":
+        monkeypatch.delattr(os, "waitid")
     with closing(
         LocalProvider().open({"a.txt": "alpha\n", "d/x.sh": "#!/bin/bash\necho ran\n"}, LIMITS)
     ) as opened:

@@ -78,7 +78,9 @@ class LocalSandbox:
                         process, output, self.limits.call_seconds if seconds is None else seconds
                     )
                 finally:
-                    with contextlib.suppress(ProcessLookupError):
+                    with contextlib.suppress(
+                        ProcessLookupError, PermissionError
+                    ):  # macOS says that of zombies
                         os.killpg(process.pid, signal.SIGKILL)
                     status = process.wait()
                 return self._result(output, status if forced is None else forced, forced == TIMED_OUT)
@@ -87,8 +89,7 @@ class LocalSandbox:
         """Wait for the shell; the status of a call that had to be ended, else None."""
         deadline = time.monotonic() + seconds
         while True:
-            # Not reaped yet: until it is, its process group's number cannot belong to anybody else.
-            if os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+            if _has_ended(process):
                 return None
             if self._closed.is_set():
                 raise SandboxError("the sandbox was closed")
@@ -125,6 +126,14 @@ class LocalSandbox:
         self._closed.set()
         with self._busy:
             shutil.rmtree(self._folder, ignore_errors=True)
+
+
+def _has_ended(process: subprocess.Popen[bytes]) -> bool:
+    """Whether a shell has ended."""
+    if hasattr(os, "waitid"):
+        # Not reaped yet: until it is, its process group's number cannot belong to anybody else.
+        return os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+    return process.poll() is not None  # macOS, before Python 3.13
 
 
 class LocalProvider:
