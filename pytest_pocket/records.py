@@ -114,13 +114,17 @@ class Run:
 
 def check(directory: Path | None) -> None:
     """Raise RecordsError where ``start`` plainly would, before anything is made: engines take minutes to load."""
-    directory = Path(os.path.abspath(directory or RUNS))
-    there = next(folder for folder in (directory, *directory.parents) if os.path.lexists(folder))
-    if not there.is_dir():
-        raise _unwritable(directory, NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR)))
-    if not os.access(there, os.W_OK | os.X_OK):
-        raise _unwritable(directory, PermissionError(errno.EACCES, os.strerror(errno.EACCES)))
-    _check_unused(directory)
+    wanted = Path(os.path.abspath(directory or RUNS))
+    there = next(folder for folder in (wanted, *wanted.parents) if os.path.lexists(folder))
+    try:
+        if not there.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
+        if not os.access(there, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        if directory:
+            _check_unused(wanted)
+    except OSError as error:
+        raise _unwritable(wanted, error) from error
 
 
 def _check_unused(directory: Path) -> None:

@@ -318,10 +318,13 @@ def notes(rows: Sequence[Row]) -> list[str]:
             f"Means over {count} tasks, each counting the same. ± is the 95% interval for tasks in general "
             f"(Student's t over task means, {count - 1} degrees of freedom), not for these tasks alone."
         )
-        if any(each.error == 0 for each in _shown(rows)):
+        if alike := {round(each.freedom) + 1 for each in _shown(rows) if each.error == 0}:
+            shares = " or ".join(
+                f"{statistics.unseen_share(tasks):.1%} (of {tasks} seen)" for tasks in sorted(alike)
+            )
             notes.append(
-                f"Where all {count} tasks give the same value, ± is what that leaves open: up to "
-                f"{statistics.unseen_share(count):.1%} of tasks in general may lie at an end of the scale."
+                "Where all tasks give the same value, ± is what that leaves open: up to "
+                f"{shares} of tasks in general may lie at an end of the scale."
             )
     elif count == 1:
         notes.append("One task says nothing of tasks in general: no interval is given.")
@@ -337,10 +340,11 @@ def notes(rows: Sequence[Row]) -> list[str]:
 
 
 def _shown(rows: Sequence[Row]) -> Iterator[statistics.Estimate]:
-    """The estimates of reward that the table of scores shows."""
+    """The estimates that the table of scores shows."""
     for mine in subjects(rows).values():
-        parts = ([row for row in mine if row["prompt"] == prompt] for prompt in prompts_of(mine))
-        yield from filter(None, (gap_of(mine, REWARD), *(mean(valid_of(part), REWARD) for part in parts)))
+        parts = [valid_of(row for row in mine if row["prompt"] == prompt) for prompt in prompts_of(mine)]
+        for _, metric in _metrics(mine):
+            yield from filter(None, (gap_of(mine, metric), *(mean(part, metric) for part in parts)))
 
 
 def _smallest_differences(rows: Sequence[Row]) -> dict[str, list[float]]:

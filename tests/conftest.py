@@ -31,7 +31,13 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 
 TOGETHER = {
     # Servers of engines, and a cluster of Ray, would be started in every worker, and leave no processor to the others.
-    "engines": ("test_engines.py", "test_engine_faults.py", "test_faults.py", "test_real_ollama.py"),
+    "engines": (
+        "test_engines.py",
+        "test_engine_faults.py",
+        "test_faults.py",
+        "test_real_ollama.py",
+        "test_ollama_double.py",
+    ),
     "ray": ("test_ray.py",),
     # One worker plays the run for all of them.
     "preferences": ("test_dpo.py",),
@@ -45,6 +51,8 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     from xdist.scheduler import LoadScopeScheduling
 
     groups = {file: group for group, files in TOGETHER.items() for file in files}
+    if gone := [file for file in groups if not Path(__file__).with_name(file).exists()]:
+        raise pytest.UsageError(f"TOGETHER in tests/conftest.py names files that are not there: {gone}")
 
     class Grouped(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:

@@ -70,7 +70,7 @@ class FaultProxy:
         self._tries: Counter[bytes] = Counter()
         self._open: set[asyncio.StreamWriter] = set()
         self._server: asyncio.Server | None = None
-        self._returning: set[asyncio.Task[None]] = set()
+        self._returning: list[asyncio.Task[None]] = []
         self.port = 0
 
     async def __aenter__(self) -> FaultProxy:
@@ -78,9 +78,11 @@ class FaultProxy:
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        await asyncio.gather(*self._returning)
-        self._vanish()
-        await self._upstream.aclose()
+        try:
+            await asyncio.gather(*self._returning)  # raises where the engine did not come back
+        finally:
+            self._vanish()
+            await self._upstream.aclose()
 
     @property
     def url(self) -> str:
@@ -111,9 +113,7 @@ class FaultProxy:
             await self._listen()
 
         self._vanish()
-        task = asyncio.create_task(come_back())
-        self._returning.add(task)
-        task.add_done_callback(self._returning.discard)
+        self._returning.append(asyncio.create_task(come_back()))
 
     async def _converse(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._open.add(writer)
@@ -340,6 +340,8 @@ def faulty(
     try:
         yield proxy
     finally:
-        wait(proxy.__aexit__())
-        loop.call_soon_threadsafe(loop.stop)
-        thread.join(5)
+        try:
+            wait(proxy.__aexit__())
+        finally:
+            loop.call_soon_threadsafe(loop.stop)
+            thread.join(5)

@@ -191,6 +191,7 @@ class Llama:
     def __init__(self, program: Path, folder: Path) -> None:
         self._program, self._weights = program, folder / f"{MODEL}.gguf"
         gguf_file.write(str(shipped() / MODEL), self._weights, dtype="float32")
+        self.deaths = 0
         self._process, self.address = self._start(free_port())
 
     def _start(self, port: int) -> tuple[Process, str]:
@@ -199,6 +200,7 @@ class Llama:
     def kill(self) -> None:
         """Let the process die."""
         kill(self._process)
+        self.deaths += 1
 
     def revive(self) -> None:
         """Start it again where it was, if it is dead, and wait until it answers."""

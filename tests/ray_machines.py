@@ -1,6 +1,7 @@
 """A local cluster of Ray as a program: a head and more nodes, one CPU each, in processes of their own.
 
-Reads ``add`` and ``kill NUMBER`` from its standard input, a line each, and answers with a line of JSON.  It ends, and the
+Reads ``add`` and ``kill NUMBER`` from its standard input, a line each, and answers each with a line of ``told`` and JSON: other
+lines are Ray's.  It ends, and the
 cluster with it, when its standard input does.  In a process of its own because Ray's client, in one that had run a
 thousand other tests, has crashed in protobuf's C code and taken the worker of pytest along.
 """

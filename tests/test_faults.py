@@ -6,6 +6,7 @@ A short form of tests/bench/bench_faults.py; the faults and the promises are in 
 from __future__ import annotations
 
 import random
+import shutil
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -50,7 +51,8 @@ def test_an_engines_faults_are_waited_out_or_infra_and_never_scored(
     row = fault_sessions.engine_fault(bench, engine.address, kinds, plain, share=0.3)
     died = fault_sessions.engine_fault(bench, engine.address, ["dies"], plain, share=0.1, engine=engine)
     assert died.broken == []
-    assert died.injected > 0
+    assert engine.deaths > 0 < died.infra
+    assert died.same > 0  # it came back
     assert row.broken == []
     assert row.injected > 10
     assert row.same > 0 < row.infra
@@ -78,6 +80,7 @@ def oracle(tmp_path: Path, cells: tuple[str, ...]) -> tuple[Bench, dict[Cell, fl
     return bench, rewards(bench, "oracle", "run-plain")
 
 
+@pytest.mark.skipif(not shutil.which("bwrap"), reason="bubblewrap makes the small disk")
 def test_a_full_disk_ends_the_session_and_what_was_recorded_is_kept(
     oracle: tuple[Bench, dict[Cell, float]],
 ) -> None:

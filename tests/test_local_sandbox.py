@@ -20,7 +20,7 @@ LIMITS = Limits(output_bytes=2**16, call_seconds=3.0)
 @pytest.fixture(params=["here", "macos"])
 def sandbox(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[LocalSandbox]:
     if request.param == "macos":
-        monkeypatch.delattr(os, "waitid")
+        monkeypatch.delattr(os, "waitid", raising=False)
     with closing(
         LocalProvider().open({"a.txt": "alpha\n", "d/x.sh": "#!/bin/bash\necho ran\n"}, LIMITS)
     ) as opened:

@@ -243,6 +243,7 @@ USAGE = {
     # Before the engine is loaded, which may take minutes.
     "--pocket-model=toy:unloadable --pocket-records=full": "*full already holds a run: *",
     "--pocket-model=toy:unloadable --pocket-records=conftest.py/x": "cannot write records to *conftest.py/x*",
+    f"--pocket-model=toy:unloadable --pocket-records={'x' * 300}": "cannot write records to *File name too long*",
     "--pocket-model=oracle:x": "unknown model 'oracle:x': choose from *",
     "--runs=0": "--pocket-runs 0: *",
 }

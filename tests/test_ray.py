@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -121,7 +122,8 @@ class Machines:
     def _ask(self, command: str) -> dict[str, Any]:
         assert self._process.stdin
         assert self._process.stdout
-        print(command, file=self._process.stdin, flush=True)
+        with contextlib.suppress(BrokenPipeError):
+            print(command, file=self._process.stdin, flush=True)
         for line in self._process.stdout:
             if line.startswith("told "):
                 answer: dict[str, Any] = json.loads(line.removeprefix("told "))

@@ -11,6 +11,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -31,6 +32,8 @@ from pytest_pocket.sandbox import (
 TIMED_OUT = 124
 TOO_MUCH_OUTPUT = 137
 LOOK_SECONDS = 0.02
+GONE = (ProcessLookupError, PermissionError) if sys.platform == "darwin" else (ProcessLookupError,)
+"""What a process group without living members is said to be: macOS may not signal zombies."""
 WARNING = "--pocket-sandbox=none: models run commands with all your rights, without any isolation"
 
 
@@ -78,9 +81,7 @@ class LocalSandbox:
                         process, output, self.limits.call_seconds if seconds is None else seconds
                     )
                 finally:
-                    with contextlib.suppress(
-                        ProcessLookupError, PermissionError
-                    ):  # macOS says that of zombies
+                    with contextlib.suppress(*GONE):
                         os.killpg(process.pid, signal.SIGKILL)
                     status = process.wait()
                 return self._result(output, status if forced is None else forced, forced == TIMED_OUT)
@@ -133,7 +134,8 @@ def _has_ended(process: subprocess.Popen[bytes]) -> bool:
     if hasattr(os, "waitid"):
         # Not reaped yet: until it is, its process group's number cannot belong to anybody else.
         return os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
-    return process.poll() is not None  # macOS, before Python 3.13
+    # macOS, before Python 3.13: it is reaped here, and its number is free for as long as it takes to end its group.
+    return process.poll() is not None
 
 
 class LocalProvider:

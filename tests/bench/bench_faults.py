@@ -4,7 +4,8 @@ Run as ``python tests/bench/bench_faults.py --episodes 1000 --out reports/bench/
 that.  Sessions of pytest play the shipped tasks with the shipped model in a real ``llama-server`` (and, streamed, in the double
 of Ollama in front of one), a session for each fault of tests/fault_proxy.py.  What is held against a
 session without faults, and what it promises, is in tests/fault_sessions.py.  Ends with 1 where something did not hold.
-The file is written row by row; ``--only NAME,...`` measures these rows anew and keeps the others that are there.
+The file is written row by row; ``--only NAME,...`` measures these rows anew and keeps the others that are there: each row says
+its commit.
 """
 
 from __future__ import annotations
@@ -97,7 +98,7 @@ def main() -> None:
             parser.error(f"unknown rows {', '.join(unknown)}: choose from {', '.join(rows)}")
         for name, row in rows.items():
             if not wanted or name in wanted:
-                known[name] = asdict(row())
+                known[name] = {**asdict(row()), "commit": where["commit"]}
                 print(json.dumps(known[name]), flush=True)
                 write(report(options, known, list(rows), where), options.out)
         order = list(rows)

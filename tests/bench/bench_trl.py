@@ -316,9 +316,11 @@ def main() -> None:
         "grpo ours": lambda: ours_grpo(options.instances, options.rollout_steps),
     }
     samples: dict[str, list[dict[str, float]]] = {name: [] for name in variants}
+    order = list(variants)
     for _ in range(options.repeats):
-        for name, variant in variants.items():
-            samples[name].append(variant())
+        order.append(order.pop(0))  # nobody is always the first
+        for name in order:
+            samples[name].append(variants[name]())
     sft, grpo = (
         {name.split()[1]: medians(each) for name, each in samples.items() if name.startswith(stage)}
         for stage in ("sft", "grpo")

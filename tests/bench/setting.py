@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import shlex
+import subprocess
 import sys
 from importlib.metadata import version
 from pathlib import Path
@@ -25,12 +26,19 @@ def setting(*packages: str, **more: Any) -> dict[str, Any]:
     return {
         "command": shlex.join(["python", str(script), *sys.argv[1:]]),
         "commit": git(ROOT).get("commit", ""),
+        "changed": _changed(),
         "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
         "machine": platform.machine(),
         "cores": os.cpu_count(),
         "load_before": round(load, 2),
         **more,
     }
+
+
+def _changed() -> list[str]:
+    """Files that differ from the commit, but for reports: benches write those one after the other."""
+    command = ["git", "-C", str(ROOT), "status", "--porcelain", "--", ":!reports"]
+    return subprocess.run(command, capture_output=True, text=True).stdout.splitlines()
 
 
 def write(report: dict[str, Any], out: Path | None) -> None:

@@ -28,7 +28,8 @@ IN_FLIGHT = (1, 8, 32)
 SUITE_IN_FLIGHT = 8
 SUITE = "19 tasks"
 US = "pytest-pocket"
-PROGRAMS = "/usr/local/bin:/usr/bin:/bin"
+# Commands meet the system's programs, as in our sandbox, and not a version manager's slow python3.
+ENVIRONMENT = {**os.environ, "PATH": "/usr/local/bin:/usr/bin:/bin", "HF_HUB_OFFLINE": "1"}
 
 
 @dataclass(frozen=True)
@@ -55,8 +56,7 @@ class Peer:
 
     def _run(self, *options: str) -> dict[str, Any]:
         command = [str(self.python), str(HERE / self.script), *options]
-        # Commands meet the system's programs, as in our sandbox, and not a version manager's slow python3.
-        environment = {**os.environ, "PATH": PROGRAMS, "HF_HUB_OFFLINE": "1", **self.environment}
+        environment = {**ENVIRONMENT, **self.environment}
         done = subprocess.run(command, capture_output=True, text=True, env=environment)
         if done.returncode:
             sys.exit(f"{' '.join(command)} failed:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
@@ -73,11 +73,11 @@ ALL = {
     "inspect-ai": Peer("inspect_ai_local.py", of("inspect"), (4, 32, 64), 2),
     "mini-swe-agent": Peer("mini_swe_agent_local.py", of("mini_swe_agent"), (60, 120, 120), 10),
     "mini-swe-agent, bubblewrap": Peer(
-        "mini_swe_agent_local.py", of("mini_swe_agent"), (30, 60, 64), 5, {"MSWEA_ENVIRONMENT": "bubblewrap"}
+        "mini_swe_agent_local.py", of("mini_swe_agent"), (30, 60, 96), 5, {"MSWEA_ENVIRONMENT": "bubblewrap"}
     ),
-    "verifiers": Peer("verifiers_local.py", of("verifiers"), (2, 16, 32), 1),
+    "verifiers": Peer("verifiers_local.py", of("verifiers"), (3, 16, 64), 2),
     "verifiers, in-process loop": Peer(
-        "verifiers_local.py", of("verifiers"), (8, 48, 64), 4, {"VERIFIERS_HARNESS": "in_process"}
+        "verifiers_local.py", of("verifiers"), (8, 48, 96), 4, {"VERIFIERS_HARNESS": "in_process"}
     ),
 }
 
@@ -85,7 +85,7 @@ ALL = {
 def measure(repeats: int, suite: Path) -> tuple[dict[str, dict[str, list[float]]], dict[str, dict[str, str]]]:
     """The samples by peer and number in flight; and what each peer says of itself."""
     samples: dict[str, dict[str, list[float]]] = {
-        name: {setting: [] for setting in (*map(str, IN_FLIGHT), SUITE)} for name in ALL
+        name: {column: [] for column in (*map(str, IN_FLIGHT), SUITE)} for name in ALL
     }
     about = {}
     order = list(ALL)
@@ -123,7 +123,7 @@ def main() -> None:
     where = setting(repeats=options.repeats, turns=3, calls=2, suite_in_flight=SUITE_IN_FLIGHT)
     with tempfile.TemporaryDirectory() as folder:
         suite = Path(folder, "suite.json")
-        subprocess.run([sys.executable, str(HERE / "suite.py"), str(suite)], check=True)
+        subprocess.run([sys.executable, str(HERE / "suite.py"), str(suite)], check=True, env=ENVIRONMENT)
         samples, about = measure(options.repeats, suite)
     medians = {
         name: {in_flight: round(statistics.median(values), 3) for in_flight, values in rates.items()}

@@ -19,15 +19,18 @@ from typing import Any
 import toy
 
 from pytest_pocket import records, task_list
+from pytest_pocket.attempt import Cell
 from pytest_pocket.backends.scripted import OracleBackend
 from pytest_pocket.chat import ChatReply, ChatRequest, ToolCall
 from pytest_pocket.conditions import Condition
 from pytest_pocket.episode import Episode, Workshop, play
+from pytest_pocket.registry import Model
 from pytest_pocket.sandbox.bubblewrap import BubblewrapProvider
-from pytest_pocket.task import instance_seed
+from pytest_pocket.task import Check, Final, Instance, Score, Task, instance_seed, score
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-import bench_episodes
+MODEL = Model("scripted", "scripted")
+LOOK = "md5sum $(find . -type f | sort)"
+"""What a command that changes files is followed by, so that it shows what it did."""
 
 
 class Scripted:
@@ -47,20 +50,36 @@ class Scripted:
     def close(self) -> None: ...
 
 
+class Toy(Task):
+    """The toy, as one of our tasks."""
+
+    name = "toy"
+    group = "read"
+
+    def reward(self, instance: Instance, final: Final) -> Score:
+        return score(final, Check("value", float(final.answer == instance.expect["value"])))
+
+
 def attempt(script: toy.Script, workshop: Workshop) -> Episode:
     """The script's episode, scored as the suite scores it.  It must pass."""
-    name, seed = script.origin
-    task = task_list.find(name)
-    episode = play(task, task.build(seed), Scripted(script), workshop, Condition("full"))
+    if script.origin:
+        name, seed = script.origin
+        task = task_list.find(name)
+        instance = task.build(seed)
+    else:
+        task = Toy()
+        instance = Instance(task.name, 0, script.prompt, script.files, {"value": script.answer})
+    episode = play(task, instance, Scripted(script), workshop, Condition("full"))
     assert episode.outcome == "passed", (script, episode.outcome, episode.detail, episode.answer)
     return episode
 
 
 def record(episode: Episode) -> dict[str, Any]:
     """The episode as a session records it."""
-    group = task_list.find(episode.instance.task).group
-    cell = bench_episodes.Cell()
-    return records.record(cell=cell, model=bench_episodes.MODEL, episode=episode, split="train", group=group)
+    task = episode.instance.task
+    group = Toy.group if task == Toy.name else task_list.find(task).group
+    cell = Cell(task, MODEL.name, episode.condition, 1)
+    return records.record(cell=cell, model=MODEL, episode=episode, split="train", group=group)
 
 
 def shell(call: ToolCall, files: Mapping[str, str]) -> str:
@@ -109,6 +128,8 @@ def scripted(name: str, workshop: Workshop) -> toy.Script:
     instance = task.build(seed)
     solved = play(task, instance, OracleBackend(), workshop, Condition("full"))
     commands = [shell(call, instance.files) for reply in solved.replies for call in reply.calls]
+    if task.group == "write":
+        commands = [f"{command}; {LOOK}" for command in commands]
     plain = toy.Script(
         instance.prompt,
         dict(instance.files),
@@ -123,6 +144,7 @@ def scripted(name: str, workshop: Workshop) -> toy.Script:
         [line for line in host.splitlines() if toy.normal(line) and toy.normal(line) in toy.normal(own)]
         for host, own in zip(printed(plain), ours, strict=True)
     ]
+    assert all(shown), (name, commands, shown)
     script = toy.Script(**{**vars(plain), "shown": shown})
     attempt(script, workshop)
     return script

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 # Its programs are installed by uv, from this environment.
-os.environ["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+os.environ["PATH"] += f":{Path(sys.executable).parent}"
 
 import httpx
 import toy
