@@ -320,7 +320,7 @@ def notes(rows: Sequence[Row]) -> list[str]:
         )
         if alike := {round(each.freedom) + 1 for each in _shown(rows) if each.error == 0}:
             shares = " or ".join(
-                f"{statistics.unseen_share(tasks):.1%} (of {tasks} seen)" for tasks in sorted(alike)
+                f"{statistics.unseen_share(tasks):.1%} ({tasks} seen)" for tasks in sorted(alike)
             )
             notes.append(
                 "Where all tasks give the same value, ± is what that leaves open: up to "
