@@ -22,6 +22,10 @@ W = TypeVar("W")
 TRIES = 4
 LONGEST_WAIT = 8.0
 """Seconds between two tries, at most; an engine that is busy says itself (Retry-After) when to come back."""
+PATIENCE = 20.0
+"""Seconds for which all requests together wait for a server that is gone and has answered before."""
+LONGEST_LOOK = 2.0
+"""Seconds between two looks whether it is back, at most."""
 SECONDS = 600.0
 """How long a request may take that belongs to no episode."""
 MARGIN = 5.0
@@ -72,6 +76,7 @@ class Caller:
     ``explain`` puts an error into one line for the user: the model, the server, what to do.  ``lost`` are the
     client's errors that mean that no answer came at all.  ``settled`` says of an error whether it is an answer
     all the same, which would be the same at the next try: engines answer 500 to a model's malformed call.
+    ``ended`` says whether a server that is gone stays so: one of the session's own whose process has ended.
     """
 
     def __init__(
@@ -79,15 +84,21 @@ class Caller:
         explain: Callable[[Exception], str],
         lost: tuple[type[Exception], ...],
         settled: Callable[[BaseException], bool],
+        ended: Callable[[], bool] = lambda: False,
     ) -> None:
         self._explain = explain
         self._lost = lost
         self._settled = settled
+        self._ended = ended
         self._loop = asyncio.new_event_loop()
         self._known: set[concurrent.futures.Future[Any]] = set()
         self._lock = threading.Lock()
         self._cancelled = False
-        self._down = False
+        self._answered = 0.0
+        """When the server last answered anything; 0 before the first time."""
+        self._gone: float | None = None
+        """Since when nobody is answered."""
+        self._given_up = False
         self._thread = threading.Thread(target=self._loop.run_forever, name="pocket-http", daemon=True)
         self._thread.start()
 
@@ -148,12 +159,11 @@ class Caller:
             self._loop.close()
 
     async def _persist(self, request: Callable[[], Awaitable[T]], seconds: float) -> T:
-        # A server that was gone a moment ago is asked once: a run of many episodes must not wait for each.
-        tries = 1 if self._down else TRIES
+        losses: list[float] = []
         retrying = tenacity.AsyncRetrying(
             retry=tenacity.retry_if_exception(self._may_pass),
             wait=_pause,
-            stop=tenacity.stop_after_attempt(tries),
+            stop=lambda state: self._enough(state, losses),
             reraise=True,
         )
 
@@ -164,10 +174,34 @@ class Caller:
             async with asyncio.timeout(seconds):
                 result: T = await retrying(once)
         except Exception as error:
-            self._down = isinstance(error, self._lost)
+            if not isinstance(error, (*self._lost, TimeoutError)):
+                self._heard()
             raise
-        self._down = False
+        self._heard()
         return result
+
+    def _heard(self) -> None:
+        """The server is there."""
+        self._answered, self._gone, self._given_up = time.monotonic(), None, False
+
+    def _enough(self, state: tenacity.RetryCallState, losses: list[float]) -> bool:
+        """Whether a request has been tried often enough; ``losses`` are the times at which it was lost.
+
+        Where nobody is answered any more, all wait together for a while, and then ask once: a run of many episodes
+        is neither lost to a server that starts again, nor waits for each where it stays away.
+        """
+        tired = state.attempt_number >= TRIES
+        if not isinstance(state.outcome and state.outcome.exception(), self._lost):
+            self._heard()
+            return tired
+        now = time.monotonic()
+        losses.append(now)
+        if tired and self._answered > losses[0]:
+            return True  # others are answered
+        self._gone = self._gone or now
+        if now - self._gone > PATIENCE or (tired and (not self._answered or self._ended())):
+            self._given_up = True
+        return self._given_up
 
     def _may_pass(self, error: BaseException) -> bool:
         """Whether the same request may be answered at the next try: a status that passes, or no answer at all."""
@@ -208,7 +242,8 @@ def _pause(state: tenacity.RetryCallState) -> float:
         asked = float(response.headers["retry-after"]) if response is not None else 0.0
     except (KeyError, ValueError):
         asked = 0.0
-    jittered = tenacity.wait_random_exponential(multiplier=0.25, max=LONGEST_WAIT)(state)
+    longest = LONGEST_LOOK if response is None else LONGEST_WAIT
+    jittered = tenacity.wait_random_exponential(multiplier=0.25, max=longest)(state)
     # "nan" is a number for Python, and compares with nothing.
     return (min(asked, LONGEST_WAIT) if asked > 0 else 0.0) + jittered
 

@@ -86,7 +86,9 @@ class OllamaBackend:
         try:
             self._client = ollama.AsyncClient(host=host)
             self.host = str(self._client._client.base_url.copy_with(userinfo=b"")).rstrip("/")
-            self._caller = Caller(self._explain, (httpx.TransportError, ConnectionError), _settled)
+            self._caller = Caller(
+                self._explain, (httpx.TransportError, ConnectionError), _settled, self._has_ended
+            )
             self._options: dict[str, Any] = {}
             self._capabilities = self._introduce(num_ctx)
             found = probe(self._probed, str(self))
@@ -304,6 +306,9 @@ class OllamaBackend:
             f"{self} has a window of {self._options['num_ctx']} tokens, and a prompt did not fit: set the option "
             "num_ctx higher ([tool.pocket.models.NAME] options), or take a model that was made for more"
         )
+
+    def _has_ended(self) -> bool:
+        return self._started is not None and not self._started.running
 
     def _explain(self, error: Exception) -> str:
         """An error in one line: the model, the server, what to do."""

@@ -117,7 +117,9 @@ class OpenAIBackend:
             max_retries=0,  # the caller retries, for all engines in one way
             timeout=None,  # and knows how long an episode has
         )
-        self._caller = Caller(self._explain, (openai.APIConnectionError, httpx.TransportError), _settled)
+        self._caller = Caller(
+            self._explain, (openai.APIConnectionError, httpx.TransportError), _settled, self._has_ended
+        )
         self.model_window = 0
         self._proof: Mapping[str, int] = {}
         try:
@@ -382,6 +384,10 @@ class OpenAIBackend:
         """What to do about a window that is too small, in one line."""
         window = f"{self.model_window} tokens" if self.model_window else "a size that it does not tell"
         return f"{self} has a window of {window}, and a prompt did not fit: {self.wider}"
+
+    def _has_ended(self) -> bool:
+        """Whether the server, where it is gone, stays so: what only has an address may come back."""
+        return False
 
     def _explain(self, error: Exception) -> str:
         """An error in one line: the model, the server, what to do."""

@@ -72,6 +72,9 @@ class VLLMBackend(OpenAIBackend):
             self._started.release()
             self._started = None
 
+    def _has_ended(self) -> bool:
+        return self._started is not None and not self._started.process.running
+
     def _explain(self, error: Exception) -> str:
         said = super()._explain(error)
         lost = isinstance(error, openai.APIConnectionError | httpx.TransportError)

@@ -53,7 +53,7 @@ def honest(body: Said) -> Answer:
 class Server:
     """The server: ``answer`` makes each chat's status and body; ``seen`` are the requests."""
 
-    def __init__(self) -> None:
+    def __init__(self, port: int = 0) -> None:
         self.answer: Callable[[Said], Answer] = honest
         self.seen: list[Said] = []
         self.headers: dict[str, str] = {}
@@ -90,12 +90,13 @@ class Server:
                 self.send_header("content-type", "application/json")
                 self.send_header("content-length", str(len(data)))
                 self.end_headers()
-                with contextlib.suppress(BrokenPipeError):  # the client has given up
+                with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # the client has given up
                     self.wfile.write(data)
 
-        self._http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self._http = ThreadingHTTPServer(("127.0.0.1", port), Handler)
         self._http.daemon_threads = True
-        self.url = f"http://127.0.0.1:{self._http.server_address[1]}/v1"
+        self.port = self._http.server_address[1]
+        self.url = f"http://127.0.0.1:{self.port}/v1"
         threading.Thread(target=self._http.serve_forever, args=(0.05,), daemon=True).start()
 
     def close(self) -> None:
@@ -106,9 +107,9 @@ class Server:
 
 
 @contextmanager
-def serving() -> Iterator[Server]:
+def serving(port: int = 0) -> Iterator[Server]:
     """A server for one test."""
-    server = Server()
+    server = Server(port)
     try:
         yield server
     finally:

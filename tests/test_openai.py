@@ -6,6 +6,7 @@ import itertools
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
@@ -351,15 +352,32 @@ def test_many_requests_at_once(server: Server, backend: OpenAIBackend) -> None:
     assert len(replies) == 32
 
 
-def test_a_dead_server_costs_later_episodes_no_retries(server: Server, backend: OpenAIBackend) -> None:
+def test_a_dead_server_is_waited_for_once_and_costs_later_episodes_no_retries(
+    server: Server, backend: OpenAIBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(caller, "PATIENCE", 3.0)
     server.close()
-    with pytest.raises(EngineError, match="cannot be reached"):
-        backend.chat(REQUEST)
+    start = time.monotonic()
+    with ThreadPoolExecutor(8) as threads:
+        for lost in [threads.submit(backend.chat, REQUEST) for _ in range(8)]:
+            with pytest.raises(EngineError, match="cannot be reached"):
+                lost.result()
+    assert 3 < time.monotonic() - start < 10
     start = time.monotonic()
     for _ in range(20):
         with pytest.raises(EngineError, match="cannot be reached"):
             backend.chat(REQUEST)
     assert time.monotonic() - start < 5
+
+
+def test_a_server_that_is_restarted_costs_no_reply(server: Server, backend: OpenAIBackend) -> None:
+    assert backend.chat(REQUEST).content
+    server.close()
+    with ThreadPoolExecutor(8) as threads:
+        replies = [threads.submit(backend.chat, REQUEST) for _ in range(8)]
+        time.sleep(4)  # longer than four tries take
+        with openai_server.serving(server.port):
+            assert all(reply.result().content for reply in replies)
 
 
 @pytest.mark.parametrize(
