@@ -185,7 +185,7 @@ class Caller:
         self._answered, self._gone, self._given_up = time.monotonic(), None, False
 
     def _enough(self, state: tenacity.RetryCallState, losses: list[float]) -> bool:
-        """Whether a request has been tried often enough; ``losses`` are the times at which it was lost.
+        """Whether a request has been tried often enough; ``losses`` are the ends of the outages in which it was lost.
 
         Where nobody is answered any more, all wait together for a while, and then ask once: a run of many episodes
         is neither lost to a server that starts again, nor waits for each where it stays away.
@@ -195,13 +195,14 @@ class Caller:
             self._heard()
             return tired
         now = time.monotonic()
-        losses.append(now)
-        if tired and self._answered > losses[0]:
-            return True  # others are answered
         self._gone = self._gone or now
+        if losses and self._answered < losses[-1]:
+            losses[-1] = now  # the same outage
+        else:
+            losses.append(now)
         if now - self._gone > PATIENCE or (tired and (not self._answered or self._ended())):
             self._given_up = True
-        return self._given_up
+        return self._given_up or len(losses) >= TRIES
 
     def _may_pass(self, error: BaseException) -> bool:
         """Whether the same request may be answered at the next try: a status that passes, or no answer at all."""

@@ -52,7 +52,8 @@ def test_an_engines_faults_are_waited_out_or_infra_and_never_scored(
     died = fault_sessions.engine_fault(calm, engine.address, ["dies"], plain, share=0.1, engine=engine)
     assert died.broken == []
     assert engine.deaths > 0
-    assert died.same == len(plain)  # it came back before patience ended
+    # Those that it died of time and again, and whoever was there each time.
+    assert died.same > died.infra
     assert row.broken == []
     assert row.injected > 10
     assert row.same > 0 < row.infra
