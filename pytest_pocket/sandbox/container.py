@@ -48,8 +48,13 @@ PROCESSES = 16_384
 KILL_SECONDS = 10.0
 TIMED_OUT = 124
 TOO_MUCH_OUTPUT = 137
-# Process 1 needs no process to do it: it can end a fork bomb that leaves no room for another `exec`.
-INIT = "trap 'kill -9 -1 2>/dev/null' USR1; while :; do sleep 1000 & wait $!; done"
+# Docker's runc gives a tmpfs the mode of the folder below it, whatever was asked for.
+# Process 1 needs no process to end a fork bomb that leaves no room for another `exec`.
+INIT = (
+    "chmod 1777 /workspace /tmp; trap 'kill -9 -1 2>/dev/null' USR1; while :; do sleep 1000 & wait $!; done"
+)
+FILL = "until [ -w /workspace ] && [ -w /tmp ]; do sleep 0.01; done; tar -xf - --no-same-owner"
+"""What puts files into the workspace, once process 1 has begun."""
 # Spares process 1, and the shell that does this.
 KILL_OTHERS = "kill -9 -1 2>/dev/null; :"
 # Files take memory even when nothing is in them.  More than a snapshot shows are no use to anybody.
@@ -175,12 +180,7 @@ class ContainerSandbox:
             profile = Path(self._folder.name, "seccomp.json")
             profile.write_text(seccomp.profile())
             self._control(start_command(engine, self._name, limits, str(profile)), START_SECONDS)
-            if (
-                files
-                and (
-                    made := self.run("tar -xf - --no-same-owner", stdin=archive, seconds=START_SECONDS)
-                ).status
-            ):
+            if (made := self.run(FILL, stdin=archive, seconds=START_SECONDS)).status:
                 raise SandboxError(
                     f"cannot fill the workspace: {made.output.decode(errors='replace').strip()}"
                 )
