@@ -7,20 +7,27 @@ import tarfile
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 
+import containers
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pytest_pocket import task_list
+from pytest_pocket.backends.scripted import OracleBackend
+from pytest_pocket.episode import Workshop, play
 from pytest_pocket.sandbox import FileState, Limits, SandboxError, SandboxUnavailable, tree
 from pytest_pocket.sandbox.container import (
     ContainerProvider,
     ContainerSandbox,
+    image,
     packed,
     start_command,
     unpacked,
 )
+from pytest_pocket.task import Task, instance_seed
 
 ROOM = 2**20
 NAMES = st.text(
@@ -134,18 +141,14 @@ def test_an_engine_that_is_not_installed_is_unavailable(monkeypatch: pytest.Monk
         ContainerProvider("docker").probe()
 
 
-@pytest.fixture(scope="module")
-def provider() -> ContainerProvider:
-    """A provider whose containers really start; skips with every engine's reason."""
-    reasons = []
-    for name in ("docker", "podman"):
-        try:
-            engine = ContainerProvider(name)
-            engine.probe()
-            return engine
-        except SandboxUnavailable as reason:
-            reasons.append(f"{name}: {reason}")
-    pytest.skip("; ".join(reasons))
+@pytest.fixture(scope="module", params=containers.ENGINES)
+def provider(request: pytest.FixtureRequest) -> ContainerProvider:
+    """A provider whose containers start, where its engine is there."""
+    if not containers.there(request.param):
+        pytest.skip(f"no {request.param} here, or without the image {image()}")
+    engine = ContainerProvider(request.param)
+    engine.probe()
+    return engine
 
 
 @pytest.fixture
@@ -165,6 +168,19 @@ def test_a_real_container_runs_scripts_and_shows_its_files(sandbox: ContainerSan
         "link": FileState("link", b"/etc/passwd"),
         "fifo": tree.OTHER,
     }
+
+
+def test_oracles_solve_all_tasks_in_real_containers(provider: ContainerProvider) -> None:
+    workshop = Workshop(provider)
+
+    def outcome(task: Task) -> str:
+        episode = play(task, task.build(instance_seed("eval", 0)), OracleBackend(), workshop)
+        return f"{episode.outcome} {episode.detail}".strip()
+
+    tasks = task_list.shipped()
+    with ThreadPoolExecutor(4) as threads:
+        outcomes = dict(zip(tasks, threads.map(outcome, tasks.values()), strict=True))
+    assert outcomes == dict.fromkeys(tasks, "passed")
 
 
 def test_a_real_container_is_closed(sandbox: ContainerSandbox) -> None:

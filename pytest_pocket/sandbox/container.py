@@ -40,6 +40,12 @@ USER = "1000:1000"
 """Whose the calls are."""
 DEFAULT_IMAGE = "python:3.11"
 """Needs bash, git, python3 and tar.  The environment variable POCKET_SANDBOX_IMAGE names another."""
+OWNED_BY_ROOT = {
+    "GIT_CONFIG_COUNT": "1",
+    "GIT_CONFIG_KEY_0": "safe.directory",
+    "GIT_CONFIG_VALUE_0": "*",
+}
+"""Lets git work in a folder that is not the caller's own."""
 EMPTY = ("/sys", "/sys/fs/cgroup", "/dev/pts", "/dev/mqueue")
 """What would tell about the machine, and where terminals and queues are made."""
 START_SECONDS = 120.0
@@ -105,7 +111,7 @@ def start_command(engine: str, name: str, limits: Limits, profile: str) -> list[
     words += ["--tmpfs", f"/workspace:rw,exec,nosuid,nodev,size={size}"]
     words += ["--tmpfs", f"/tmp:rw,exec,nosuid,nodev,size={size}"]
     words += ["--workdir", "/workspace", "--entrypoint", "bash"]
-    for key, value in {"HOME": "/workspace", **ENVIRONMENT}.items():
+    for key, value in {"HOME": "/workspace", **ENVIRONMENT, **OWNED_BY_ROOT}.items():
         words += ["--env", f"{key}={value}"]
     return [*words, image(), "-c", INIT]
 
