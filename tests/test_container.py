@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import subprocess
 import tarfile
 import threading
 import time
@@ -204,6 +205,19 @@ def test_a_real_container_survives_endless_output_and_a_fork_bomb(sandbox: Conta
     assert sandbox.run("yes").cut
     sandbox.run("bomb() { bomb | bomb & }; bomb; sleep 1", seconds=3)
     assert sandbox.run("echo alive").output == b"alive\n"
+
+
+def test_a_real_container_is_gone_once_it_is_closed(
+    provider: ContainerProvider, sandbox: ContainerSandbox
+) -> None:
+    assert sandbox._name in running(provider)
+    sandbox.close()
+    assert sandbox._name not in running(provider)
+
+
+def running(provider: ContainerProvider) -> str:
+    command = [provider.name, "ps", "--all", "--format", "{{.Names}}"]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
 def test_closing_a_real_container_cancels_its_call(sandbox: ContainerSandbox) -> None:

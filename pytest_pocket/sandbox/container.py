@@ -314,8 +314,10 @@ class ContainerSandbox:
         self._closed.set()
         with self._busy:
             if os.path.exists(self._folder.name):
+                # Podman would first ask it to stop, and wait; Docker does not, and knows no such option.
+                at_once = ["--time", "0"] if self._engine == "podman" else []
                 with contextlib.suppress(SandboxError):
-                    self._control([self._engine, "rm", "--force", "--time", "0", self._name], START_SECONDS)
+                    self._control([self._engine, "rm", "--force", *at_once, self._name], START_SECONDS)
                 self._folder.cleanup()
 
 
