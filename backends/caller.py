@@ -168,16 +168,17 @@ class Caller:
         )
 
         async def once() -> T:
-            return await request()
+            try:
+                answer = await request()
+            except Exception as error:
+                if not isinstance(error, (*self._lost, TimeoutError)):
+                    self._heard()
+                raise
+            self._heard()
+            return answer
 
-        try:
-            async with asyncio.timeout(seconds):
-                result: T = await retrying(once)
-        except Exception as error:
-            if not isinstance(error, (*self._lost, TimeoutError)):
-                self._heard()
-            raise
-        self._heard()
+        async with asyncio.timeout(seconds):
+            result: T = await retrying(once)
         return result
 
     def _heard(self) -> None:
@@ -192,7 +193,6 @@ class Caller:
         """
         tired = state.attempt_number >= TRIES
         if not isinstance(state.outcome and state.outcome.exception(), self._lost):
-            self._heard()
             return tired
         now = time.monotonic()
         self._gone = self._gone or now

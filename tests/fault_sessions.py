@@ -19,8 +19,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -211,16 +210,6 @@ class Llama:
     def close(self) -> None:
         """End it."""
         self._process.close()
-
-
-@contextmanager
-def llama(program: Path, folder: Path) -> Iterator[Llama]:
-    """Such a server for a while."""
-    server = Llama(program, folder)
-    try:
-        yield server
-    finally:
-        server.close()
 
 
 def rewards(bench: Bench, model: str, run: str, **environment: str) -> dict[Cell, float]:

@@ -9,6 +9,7 @@ import random
 import shutil
 import signal
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -35,7 +36,7 @@ def cells() -> tuple[str, ...]:
 
 @pytest.fixture
 def engine(tmp_path: Path, llama_server_binary: Path) -> Iterator[Llama]:
-    with fault_sessions.llama(llama_server_binary, tmp_path) as server:
+    with closing(Llama(llama_server_binary, tmp_path)) as server:
         yield server
 
 
@@ -46,7 +47,7 @@ def test_an_engines_faults_are_waited_out_or_infra_and_never_scored(
     calm.configure(engine.address)
     plain = rewards(calm, "engine", "run-plain")
     bench = Bench(tmp_path, cells, SECONDS)
-    # One that dies takes all with it that comes in the meantime: for itself.
+    # One that dies is an outage for all the others, whose own faults would then not show: for itself.
     kinds = [kind for kind in fault_proxy.FAULTS if kind != "dies"]
     row = fault_sessions.engine_fault(bench, engine.address, kinds, plain, share=0.3)
     died = fault_sessions.engine_fault(calm, engine.address, ["dies"], plain, share=0.1, engine=engine)

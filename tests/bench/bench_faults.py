@@ -16,7 +16,7 @@ import signal
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import engine_fixtures
 import fault_proxy
 import fault_sessions
-from fault_sessions import GRACE, MIXED, MODEL, STREAMED, TASKS, TURNS, Bench, Row, rewards
+from fault_sessions import GRACE, MIXED, MODEL, STREAMED, TASKS, TURNS, Bench, Llama, Row, rewards
 from setting import setting, write
 
 ENGINES = (*fault_proxy.FAULTS, MIXED, STREAMED)
@@ -39,12 +39,12 @@ CALM = 10
 def measured(options: argparse.Namespace, folder: Path) -> Iterator[dict[str, Callable[[], Row]]]:
     """The rows by name: faults of engines, then of sessions."""
     program = engine_fixtures.find("llama-server", "llama.sh")
-    # An engine that dies takes along all that is asked of it in the meantime, and other faults would not show.
+    # An engine that dies is an outage for all that is asked of it, and other faults would not show.
     together = [kind for kind in fault_proxy.FAULTS if kind != "dies"]
     runs = -(-options.episodes // (2 * len(TASKS) * len(ENGINES)))
     bench = Bench(folder, ("-k", " or ".join(TASKS), f"--runs={runs}"), options.timeout)
     calm = replace(bench, timeout=CALM * options.timeout)
-    with fault_sessions.llama(program, folder) as engine:
+    with closing(Llama(program, folder)) as engine:
         bench.configure(engine.address)
         plain = rewards(calm, "engine", "run-plain")
 
