@@ -109,7 +109,9 @@ def test_parts_keep_to_their_tokens_and_lose_nothing(lengths: list[int], tokens:
     batch = [rlvr.Sample(Rendered([1] * length, [1] * length), 0.0) for length in lengths]
     parts = list(rlvr.packed(batch, tokens))
     assert sorted(len(sample.text.ids) for part in parts for sample in part) == sorted(lengths)
-    assert all(len(part) == 1 or len(part) * max(len(s.text.ids) for s in part) <= tokens for part in parts)
+    widths = [{len(sample.text.ids) for sample in part} for part in parts]
+    assert all(len(each) == 1 or len(each) * max(each) <= tokens for each in widths)
+    assert sum(map(len, widths)) == len(set(lengths)), "a text is in two parts"
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
@@ -124,6 +126,24 @@ def test_logprobs_are_those_of_the_sampled_tokens_at_their_temperature(
         expected += [logits[n - 1, text.ids[n]] for n in range(len(text.ids)) if text.targets[n]]
     assert torch.allclose(found, torch.stack(expected), atol=1e-5)
     assert (entropy > 0).all()
+
+
+@pytest.mark.parametrize("batch_tokens", [1000, 1])
+def test_attempts_that_are_alike_teach_as_if_each_were_computed_by_itself(
+    model: Any, batch_tokens: int
+) -> None:
+    texts = [Rendered([5, 6, 7, 8], [0, 0, 1, 1]), Rendered([5, 6, 9, 4, 3], [0, 0, 1, 0, 1])]
+    found = [
+        rlvr.Sample(texts[number % 2], advantage) for number, advantage in enumerate([1, -0.5, -0.2, 0.7])
+    ]
+    loss = sum(-sample.advantage * rlvr.logprobs(model, [sample], 1.0)[0].sum() for sample in found)
+    (loss / 8).backward()  # type: ignore[union-attr]
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    expected = [each.grad.clone() for each in model.parameters()]
+    model.zero_grad()
+    rlvr.update(model, None, [], found, replace(PLAN, kl=0, updates=1, batch_tokens=batch_tokens), "s")
+    for each, wanted in zip(model.parameters(), expected, strict=True):
+        assert torch.allclose(each.grad, wanted, atol=1e-5)
 
 
 @settings(max_examples=50)

@@ -192,21 +192,43 @@ def samples(groups: Sequence[Sequence[Episode]], plan: RL) -> tuple[list[Sample]
     return found, counts
 
 
+def alike(batch: Iterable[Sample]) -> list[list[Sample]]:
+    """The samples text by text: the attempts of a group are often the same, token by token."""
+    found: dict[tuple[tuple[int, ...], tuple[int, ...]], list[Sample]] = {}
+    for sample in batch:
+        found.setdefault((tuple(sample.text.ids), tuple(sample.text.targets)), []).append(sample)
+    return list(found.values())
+
+
 def packed(batch: Sequence[Sample], tokens: int) -> Iterator[list[Sample]]:
-    """Parts of at most ``tokens`` padded tokens (or of one text), of like conditions and lengths."""
-    ordered = sorted(batch, key=lambda sample: (sample.text.prompt, len(sample.text.ids)))
-    return fit.within(ordered, lambda sample: len(sample.text.ids), tokens)
+    """Parts of at most ``tokens`` padded tokens (or of one text), of like conditions and lengths.
+
+    A text counts once, and all samples of it are together.
+    """
+    ordered = sorted(alike(batch), key=lambda same: (same[0].text.prompt, len(same[0].text.ids)))
+    for part in fit.within(ordered, lambda same: len(same[0].text.ids), tokens):
+        yield [sample for same in part for sample in same]
 
 
 def logprobs(model: Any, part: Sequence[Sample], temperature: float) -> tuple[Any, Any]:
     """The log-probabilities of the targets and the entropies there, in nats, each of shape [targets].
 
-    Of the policy that sampled: at the temperature of the rollouts.
+    Of the policy that sampled: at the temperature of the rollouts.  Samples of one text stand together; it is
+    computed once.
     """
-    ids, labels = (tensor.to(model.device) for tensor in fit.tensors([sample.text for sample in part]))
+    import torch
+
+    texts = [(same[0].text, len(same)) for same in alike(part)]
+    ids, labels = (tensor.to(model.device) for tensor in fit.tensors([text for text, _ in texts]))
     logits, targets = fit.target_logits(model, ids, labels)
     every = (logits / temperature).log_softmax(-1)
-    return every.gather(-1, targets[:, None]).squeeze(-1), -(every.exp() * every).sum(-1)
+    found = every.gather(-1, targets[:, None]).squeeze(-1), -(every.exp() * every).sum(-1)
+    lengths = [sum(text.targets) for text, _ in texts]
+    logprob, entropy = (
+        torch.cat([each.repeat(times) for each, (_, times) in zip(values.split(lengths), texts, strict=True)])
+        for values in found
+    )
+    return logprob, entropy
 
 
 def prove_rollouts(model: Any, groups: Sequence[Sequence[Episode]], count: int = 8) -> float:

@@ -39,16 +39,16 @@ from pytest_pocket.sandbox import Sandbox
 from pytest_pocket.task import Final, instance_seed
 from pytest_pocket.training import data, fit, recipe, rlvr
 
-PARENT = shipped() / "sft-run6"
 TRACES_A_STEP = 4
 GROUP = 8
 PLAN = recipe.load("tiny")
 
 
-def loaded() -> tuple[Any, Any]:
-    """The parent and its tokenizer."""
-    model = AutoModelForCausalLM.from_pretrained(PARENT, dtype=torch.float32, local_files_only=True)
-    return model, AutoTokenizer.from_pretrained(PARENT, local_files_only=True)
+def loaded(parent: str = "sft-run6") -> tuple[Any, Any]:
+    """A shipped model and its tokenizer."""
+    path = shipped() / parent
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, local_files_only=True)
+    return model, AutoTokenizer.from_pretrained(path, local_files_only=True)
 
 
 def spent() -> float:
@@ -226,9 +226,9 @@ def rl(instances: int) -> recipe.RL:
     )  # fmt: skip
 
 
-def trl_grpo(instances: int, steps: int) -> dict[str, float]:
+def trl_grpo(parent: str, instances: int, steps: int) -> dict[str, float]:
     """TRL's GRPOTrainer, its environments over our sandbox."""
-    model, tokenizer = loaded()
+    model, tokenizer = loaded(parent)
     tokenizer.response_template = qwen3_5_template
     plan, rows = rl(instances), []
     for instance, condition in (each for step in range(steps) for each in rlvr.draws(plan, step)):
@@ -256,14 +256,14 @@ def trl_grpo(instances: int, steps: int) -> dict[str, float]:
     return {**table, "reward": round(sum(logged) / len(logged), 3)}
 
 
-def ours_grpo(instances: int, steps: int) -> dict[str, float]:
+def ours_grpo(parent: str, instances: int, steps: int) -> dict[str, float]:
     """Our loop with one update a step; it is made to learn from all groups, as TRL's does."""
-    model, tokenizer = loaded()
+    model, tokenizer = loaded(parent)
     plan = rl(instances)
     optimizers = fit.optimizers_of(model, 0.0, 1e-4)
     workshop = Workshop(sandbox.select("auto"))
     backend = HFBackend.around(model.eval(), tokenizer)
-    rewards = []
+    rewards, distinct = [], 0
     table: dict[str, float] = {}
     try:
         with timed(table):
@@ -277,10 +277,11 @@ def ours_grpo(instances: int, steps: int) -> dict[str, float]:
                     for episode in group
                     for text in rlvr.sequences(rlvr.turns_of(episode), "raw")
                 ]
+                distinct += len(rlvr.alike(found))
                 rlvr.update(model, None, optimizers, found, plan, str(step))
     finally:
         backend.close()
-    return {**table, "reward": round(sum(rewards) / len(rewards), 3)}
+    return {**table, "reward": round(sum(rewards) / len(rewards), 3), "distinct_texts": distinct}
 
 
 def medians(samples: list[dict[str, float]]) -> dict[str, float]:
@@ -298,6 +299,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--steps", type=int, default=40, help="of SFT")
     parser.add_argument("--rollout-steps", type=int, default=1)
+    parser.add_argument(
+        "--parent", default="sft-run6", help="whose rollouts these are (default: %(default)s)"
+    )
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--instances", type=int, default=8, help="of a step of GRPO, eight attempts each")
     parser.add_argument("--out", type=Path)
@@ -312,8 +316,8 @@ def main() -> None:
         "sft trl": lambda: trl_sft(found),
         "sft ours": lambda: ours_sft(found, 0.0),
         "sft ours_with_muon": lambda: ours_sft(found, 0.002),
-        "grpo trl": lambda: trl_grpo(options.instances, options.rollout_steps),
-        "grpo ours": lambda: ours_grpo(options.instances, options.rollout_steps),
+        "grpo trl": lambda: trl_grpo(options.parent, options.instances, options.rollout_steps),
+        "grpo ours": lambda: ours_grpo(options.parent, options.instances, options.rollout_steps),
     }
     samples: dict[str, list[dict[str, float]]] = {name: [] for name in variants}
     order = list(variants)
@@ -335,7 +339,7 @@ def main() -> None:
             "grpo_rollouts_per_second": _ratio(grpo, "rollouts_per_second"),
         },
         "sft": {"steps": options.steps, "traces_a_step": TRACES_A_STEP, "tokens": tokens, **sft},
-        "grpo": {"steps": options.rollout_steps, "rollouts": rollouts, **grpo},
+        "grpo": {"parent": options.parent, "steps": options.rollout_steps, "rollouts": rollouts, **grpo},
         "samples": samples,
         "setting": where,
     }
