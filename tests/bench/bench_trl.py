@@ -11,6 +11,7 @@ alternate; medians of the repeats.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import resource
@@ -39,6 +40,8 @@ from pytest_pocket.sandbox import Sandbox
 from pytest_pocket.task import Final, instance_seed
 from pytest_pocket.training import data, fit, recipe, rlvr
 
+PARENTS = ("sft-run6", "base")
+"""Whose rollouts: of a model so sure that the attempts of a group are alike, and of one whose are all different."""
 TRACES_A_STEP = 4
 GROUP = 8
 PLAN = recipe.load("tiny")
@@ -284,9 +287,15 @@ def ours_grpo(parent: str, instances: int, steps: int) -> dict[str, float]:
     return {**table, "reward": round(sum(rewards) / len(rewards), 3), "distinct_texts": distinct}
 
 
-def medians(samples: list[dict[str, float]]) -> dict[str, float]:
-    """Figure by figure."""
-    return {name: round(statistics.median(each[name] for each in samples), 3) for name in samples[0]}
+def rates(samples: dict[str, list[dict[str, float]]], unit: str, count: int) -> dict[str, dict[str, float]]:
+    """For each side the medians of its figures, and how many of a unit it did a second."""
+    found = {}
+    for side, each in samples.items():
+        table = {name: round(statistics.median(one[name] for one in each), 3) for name in each[0]}
+        table[f"{unit}_per_cpu_second"] = round(count / table["cpu_seconds"], 2)
+        table[f"{unit}_per_second"] = round(count / table["wall_seconds"], 2)
+        found[side] = table
+    return found
 
 
 def _ratio(table: dict[str, dict[str, float]], unit: str) -> float:
@@ -299,9 +308,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--steps", type=int, default=40, help="of SFT")
     parser.add_argument("--rollout-steps", type=int, default=1)
-    parser.add_argument(
-        "--parent", default="sft-run6", help="whose rollouts these are (default: %(default)s)"
-    )
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--instances", type=int, default=8, help="of a step of GRPO, eight attempts each")
     parser.add_argument("--out", type=Path)
@@ -311,35 +317,39 @@ def main() -> None:
     where = setting("trl", "transformers", "torch", torch_threads=1, repeats=options.repeats)
     found = texts(loaded()[1], options.steps)
     tokens = sum(len(text.ids) for text in found)
+    batch = (options.instances, options.rollout_steps)
     rollouts = options.rollout_steps * options.instances * GROUP
-    variants: dict[str, Callable[[], dict[str, float]]] = {
-        "sft trl": lambda: trl_sft(found),
-        "sft ours": lambda: ours_sft(found, 0.0),
-        "sft ours_with_muon": lambda: ours_sft(found, 0.002),
-        "grpo trl": lambda: trl_grpo(options.parent, options.instances, options.rollout_steps),
-        "grpo ours": lambda: ours_grpo(options.parent, options.instances, options.rollout_steps),
+    stages: dict[str, dict[str, Callable[[], dict[str, float]]]] = {
+        "sft": {
+            "trl": lambda: trl_sft(found),
+            "ours": lambda: ours_sft(found, 0.0),
+            "ours_with_muon": lambda: ours_sft(found, 0.002),
+        }
     }
-    samples: dict[str, list[dict[str, float]]] = {name: [] for name in variants}
-    order = list(variants)
+    for parent in PARENTS:
+        stages[parent] = {
+            "trl": functools.partial(trl_grpo, parent, *batch),
+            "ours": functools.partial(ours_grpo, parent, *batch),
+        }
+    samples: dict[str, dict[str, list[dict[str, float]]]] = {
+        stage: {side: [] for side in sides} for stage, sides in stages.items()
+    }
+    order = [(stage, side) for stage, sides in stages.items() for side in sides]
     for _ in range(options.repeats):
         order.append(order.pop(0))  # nobody is always the first
-        for name in order:
-            samples[name].append(variants[name]())
-    sft, grpo = (
-        {name.split()[1]: medians(each) for name, each in samples.items() if name.startswith(stage)}
-        for stage in ("sft", "grpo")
-    )
-    for table, unit, count in ((sft, "tokens", tokens), (grpo, "rollouts", rollouts)):
-        for each in table.values():
-            each[f"{unit}_per_cpu_second"] = round(count / each["cpu_seconds"], 2)
-            each[f"{unit}_per_second"] = round(count / each["wall_seconds"], 2)
+        for stage, side in order:
+            samples[stage][side].append(stages[stage][side]())
+    sft = rates(samples["sft"], "tokens", tokens)
+    grpo = {parent: rates(samples[parent], "rollouts", rollouts) for parent in PARENTS}
     result = {
         "ratios": {
             "sft_tokens_per_cpu_second": _ratio(sft, "tokens_per_cpu_second"),
-            "grpo_rollouts_per_second": _ratio(grpo, "rollouts_per_second"),
+            "grpo_rollouts_per_second": {
+                parent: _ratio(table, "rollouts_per_second") for parent, table in grpo.items()
+            },
         },
         "sft": {"steps": options.steps, "traces_a_step": TRACES_A_STEP, "tokens": tokens, **sft},
-        "grpo": {"parent": options.parent, "steps": options.rollout_steps, "rollouts": rollouts, **grpo},
+        "grpo": {"steps": options.rollout_steps, "rollouts": rollouts, **grpo},
         "samples": samples,
         "setting": where,
     }
