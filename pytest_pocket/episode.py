@@ -260,7 +260,7 @@ def play(
         answer = replies[-1].content if stop == "answer" else ""
         final = Final(answer, before, after, stop == "answer", calls, workshop.probe)
         score = task.reward(instance, final)
-        return end(ledger(score, stop, calls), stop, score, after)
+        return end(ledger(task, score, stop, calls), stop, score, after)
     except (EngineError, SandboxError) as error:
         if workshop.cancelled:
             raise Cancelled from error
@@ -275,7 +275,7 @@ def _lost(reply: ChatReply) -> float:
     return float(reply.evidence.get("lost_seconds", 0))
 
 
-def ledger(score: Score, stop: str, calls: int) -> Ending:
+def ledger(task: Task, score: Score, stop: str, calls: int) -> Ending:
     """The one name for how a valid episode ended."""
     if score.passed:
         return "passed"
@@ -283,8 +283,8 @@ def ledger(score: Score, stop: str, calls: int) -> Ending:
         return "looping" if stop == "looping" else "malformed"
     if stop != "answer":
         return "limit"
-    # It ended its turn by itself: without having done anything, or with a wrong result.
-    return "early_stop" if calls == 0 else "wrong"
+    # It ended its turn by itself: with something to do and nothing done, or with a wrong result.
+    return "early_stop" if task.acts and calls == 0 else "wrong"
 
 
 def check_lines(checks: tuple[Check, ...]) -> list[str]:

@@ -74,7 +74,7 @@ def _rescored(record: Mapping[str, Any], workshop: Workshop) -> Rescored:
     score = task.reward(
         instance, Final(episode.answer, before, episode.after, stopped, calls, workshop.probe)
     )
-    new = {**record, "outcome": ledger(score, episode.stop, calls), **records.scored(score)}
+    new = {**record, "outcome": ledger(task, score, episode.stop, calls), **records.scored(score)}
     return Rescored(record, new)
 
 

@@ -202,10 +202,14 @@ class Problem:
 
 
 class Task:
-    """A family of problems.  Subclasses set ``name`` and ``group`` and define the three methods."""
+    """A family of problems.  Subclasses set ``name`` and ``group`` and define the three methods.
+
+    ``acts`` is False where the request alone holds the answer: to end without a call is then not to end early.
+    """
 
     name: ClassVar[str]
     group: ClassVar[str]
+    acts: ClassVar[bool] = True
 
     def build(self, seed: int) -> Instance:
         """The instance that belongs to a seed; the same for every model, machine and process."""

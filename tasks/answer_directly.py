@@ -51,6 +51,7 @@ QUESTIONS = Kinds(
 class AnswerDirectly(Task):
     name = "answer_directly"
     group = "stop"
+    acts = False
 
     def make(self, draw: Draw) -> Problem:
         ask, wanted = draw.kind("layout", QUESTIONS)

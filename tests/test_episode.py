@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from pytest_pocket import task_list
 from pytest_pocket.chat import Cancelled, ChatReply, ChatRequest, EngineError, ToolCall
 from pytest_pocket.conditions import SYSTEM_PROMPTS, Condition
 from pytest_pocket.episode import Budget, Episode, Workshop, check_lines, play, reply_seed
@@ -164,6 +165,12 @@ def test_the_condition_decides_the_opening_and_the_sampling(workshop: Workshop, 
 
 def test_an_answer_without_a_call_is_an_early_stop(workshop: Workshop) -> None:
     assert ending(attempt(workshop, say(NUMBER))[0]) == ("early_stop", "answer", 0.5)
+
+
+def test_a_wrong_answer_to_what_needs_no_call_is_wrong(workshop: Workshop) -> None:
+    task = task_list.find("answer_directly")
+    episode = play(task, task.build(INSTANCE.seed), Script(say("no idea")), workshop)
+    assert ending(episode) == ("wrong", "answer", 0.0)
 
 
 def test_a_wrong_result_is_wrong(workshop: Workshop) -> None:

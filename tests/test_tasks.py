@@ -124,6 +124,14 @@ def test_the_oracle_passes_on_train_and_dev_too(name: str, workshop: Workshop) -
 
 
 @pytest.mark.parametrize("name", TASKS)
+def test_the_oracle_makes_calls_where_the_task_says_that_there_is_something_to_do(
+    name: str, workshop: Workshop
+) -> None:
+    episode = play(TASKS[name], TASKS[name].build(instance_seed("eval", 0)), OracleBackend(), workshop)
+    assert any(reply.calls for reply in episode.replies) == TASKS[name].acts
+
+
+@pytest.mark.parametrize("name", TASKS)
 @pytest.mark.parametrize("answer", ["", "done", "ok", "absent", "not found", "0", "1"])
 def test_the_untouched_initial_state_earns_nothing(name: str, answer: str, workshop: Workshop) -> None:
     assert [e.reward for e in attempts(name, workshop, lambda _: Script(answer=answer))] == [
