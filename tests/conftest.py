@@ -15,6 +15,8 @@ from toy_project import Project
 
 __all__ = ["llama_server_binary", "ollama_double", "project", "suite_run", "vllm_command"]
 
+# Tests are not timed: the first example of a property may import torch, and machines are busy.
+hypothesis.settings.register_profile("usual", deadline=None)
 # HYPOTHESIS_PROFILE=nightly looks for what makes a parser raise for hours rather than seconds.
 hypothesis.settings.register_profile(
     "nightly",
@@ -22,7 +24,7 @@ hypothesis.settings.register_profile(
     deadline=None,
     suppress_health_check=[hypothesis.HealthCheck.too_slow],
 )
-hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "usual"))
 
 # A shell's background job ignores interrupts, and so would all that the tests start from it.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:

@@ -265,7 +265,7 @@ def test_a_tokenizer_that_llama_cpp_would_read_otherwise_is_refused(
 # --- the Jinja template ------------------------------------------------------------------------------------------
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(conversations(), st.booleans(), st.booleans())
 def test_the_template_in_the_file_renders_the_same(
     messages: list[Message], offered: bool, think: bool
@@ -328,7 +328,7 @@ def tokens(llama: Any, text: str) -> list[int]:
     return found
 
 
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 @given(st.data())
 def test_llama_cpp_reads_the_tokens_that_the_model_was_trained_on(llama: Any, data: st.DataObject) -> None:
     text = data.draw(TEXTS | st.text("abcdeghinorstu_", max_size=80) | st.lists(TEXTS).map("".join))
@@ -365,7 +365,7 @@ def test_one_character_is_read_as_a_space_and_no_other(llama: Any) -> None:
     assert tokens(llama, "a\u2581b") == tokenizer().encode("a b")
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(st.data())
 def test_llama_cpp_renders_the_prompt_that_the_model_was_trained_on(llama: Any, data: st.DataObject) -> None:
     messages, think = data.draw(conversations()), data.draw(st.booleans())
@@ -462,7 +462,7 @@ def chat(messages: Sequence[Message], offered: Sequence[Any], think: bool) -> di
     return {"messages": wire.ollama_messages(messages), "tools": list(offered), "think": think}
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(st.data())
 def test_ollama_renders_the_prompt_that_the_model_was_trained_on(go: Any, data: st.DataObject) -> None:
     messages, think = data.draw(conversations()), data.draw(st.booleans())

@@ -79,7 +79,7 @@ TEMPLATES = {"ours": (byte_tokenizer(), ours), "qwen3.5": (byte_tokenizer(qwen3_
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(trace=traces(), prompt=st.sampled_from(["raw", "full", "verbose"]), think=st.booleans())
 def test_the_targets_are_the_assistants_tokens_and_no_other(
     name: str, trace: Trace, prompt: str, think: bool
@@ -93,7 +93,7 @@ def test_the_targets_are_the_assistants_tokens_and_no_other(
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(trace=traces(), prompt=st.sampled_from(["raw", "full"]), think=st.floats(0, 1))
 def test_the_check_before_a_run_finds_nothing_wrong(
     name: str, trace: Trace, prompt: str, think: float

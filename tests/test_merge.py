@@ -160,7 +160,7 @@ def test_determinants_of_models_that_only_later_runs_share_are_compared_too(suit
         merge.merge([merge.Part(suite_run, info, whole.found) for info in infos])
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(st.randoms(use_true_random=False), st.integers(1, 4))
 def test_any_division_of_the_cells_merges_to_the_same_rows(suite_run: Path, random: Any, count: int) -> None:
     whole = part(suite_run)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from pytest_pocket.training import muon
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.integers(1, 24), st.integers(1, 24), st.integers(0, 9))
 def test_singular_values_come_near_1(rows: int, columns: int, seed: int) -> None:
     torch.manual_seed(seed)

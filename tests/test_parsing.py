@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from tiny_models import TEMPLATE
 
@@ -131,7 +131,6 @@ def test_arguments_too_deep_to_print_are_malformed() -> None:
     assert parse(shallow, thinking_open=False, schemas=TOOLS).calls
 
 
-@settings(deadline=None)
 @given(plain, plain, st.lists(calls, max_size=3), st.booleans())
 def test_what_the_template_writes_is_read_back(
     thought: str, answer: str, made: list[ToolCall], think: bool
@@ -164,7 +163,6 @@ turns = st.lists(
 ).map(lambda groups: [message for group in groups for message in group])
 
 
-@settings(deadline=None)
 @given(turns, st.booleans(), st.booleans(), text)
 def test_every_prompt_is_a_prefix_of_what_follows(
     history: list[Message], think: bool, system: bool, thought: str

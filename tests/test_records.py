@@ -12,7 +12,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from pytest_pocket import records
@@ -103,7 +103,6 @@ def test_an_invalid_episode_has_no_reward() -> None:
     assert record["detail"] == "engine died"
 
 
-@settings(deadline=None)
 @given(text=ANYTHING, content=st.binary())
 @example(text="\ud800 \ude00 \ud83d\ude00 \U0001f600 \x00 \u2028", content=b"\xff")
 def test_any_text_and_any_bytes_survive(text: str, content: bytes) -> None:

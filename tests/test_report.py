@@ -230,7 +230,7 @@ def hostile() -> st.SearchStrategy[str]:
     return st.lists(st.sampled_from(bits) | st.text(max_size=4), min_size=1, max_size=6).map("".join)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(model=hostile(), task=hostile(), prompt=hostile(), group=hostile())
 def test_no_name_can_style_or_break_a_line(model: str, task: str, prompt: str, group: str) -> None:
     names = {"model": model, "task": task, "prompt": prompt, "group": group}

@@ -113,7 +113,7 @@ FREE = {("models",), ("versions",), ("models", "oracle", "options"), ("models", 
 """Objects of ``run.json`` whose keys are not ours."""
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(data=st.data())
 def test_a_record_with_a_key_too_many_or_too_few_is_refused(suite_run: Path, data: st.DataObject) -> None:
     info, found = records.load(suite_run)

@@ -52,7 +52,6 @@ def test_no_values_is_an_error() -> None:
         statistics.mean({"a": []})
 
 
-@settings(deadline=None)
 @given(st.dictionaries(st.text(), REWARDS, min_size=1))
 def test_the_interval_holds_the_mean_and_keeps_to_the_bounds(values: dict[str, list[float]]) -> None:
     estimate = statistics.mean(values)
@@ -90,7 +89,6 @@ def test_smallest_difference_at_18_degrees_of_freedom() -> None:
     assert statistics.smallest_difference(estimate) == pytest.approx(0.1 * (2.100922 + 0.862049), abs=1e-5)
 
 
-@settings(deadline=None)
 @given(st.integers(1, 8).flatmap(lambda n: st.tuples(st.just(n), st.integers(0, n), st.integers(1, n))))
 def test_pass_at_k_and_pass_hat_k_equal_the_average_over_all_subsets(counts: tuple[int, int, int]) -> None:
     samples, passes, k = counts
@@ -154,7 +152,7 @@ def test_the_paired_test_finds_a_difference_where_there_is_none_at_most_6_times_
     assert wrong / 1000 <= 0.06
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(
     st.dictionaries(
         st.sampled_from("abcdefgh"),

@@ -310,7 +310,7 @@ def test_the_reach_of_an_instance_is_the_furthest_kind_that_it_drew(name: str) -
 
 @pytest.mark.parametrize("name", TASKS)
 def test_an_instance_depends_on_its_seed_alone(name: str) -> None:
-    @settings(max_examples=20, deadline=None)
+    @settings(max_examples=20)
     @given(st.sampled_from(SPLITS), st.integers(0, 10**9 - 1))
     def check(split: str, index: int) -> None:
         seed = instance_seed(split, index)  # type: ignore[arg-type]

@@ -29,7 +29,6 @@ FILES = {
     ".git/config": "return\n",
 }
 SLOW = settings(
-    deadline=None,
     max_examples=60,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
     derandomize=True,

@@ -237,7 +237,7 @@ def test_the_learning_rate_stays_between_0_and_its_base(done: float) -> None:
     assert 0 < fit.schedule(done) <= 1
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.lists(st.integers(1, 900), min_size=64, max_size=64), st.integers(900, 4000))
 def test_batches_keep_to_their_tokens_and_lose_nothing(lengths: list[int], tokens: int) -> None:
     examples = [fit.Rendered([number] * length, [1] * length) for number, length in enumerate(lengths)]
@@ -414,7 +414,7 @@ def test_the_shipped_tokenizer_keeps_words_whole_wherever_they_stand() -> None:
 
 
 @given(text=st.text(max_size=60))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_the_tokenizer_gives_back_every_text(text: str, words: Any) -> None:
     encodable = text.encode("utf-8", "ignore").decode()
     assert words.decode(words(encodable, add_special_tokens=False)["input_ids"]) == encodable

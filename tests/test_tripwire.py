@@ -6,7 +6,7 @@ import pytest
 
 pytest.importorskip("transformers")
 
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from pytest_pocket.backends.reference import Reference
@@ -25,7 +25,6 @@ def request(said: list[tuple[str, str]]) -> ChatRequest:
     return ChatRequest(messages, SCHEMAS, Sampling())
 
 
-@settings(deadline=None)
 @given(turns)
 def test_a_prompt_that_was_read_whole_is_never_cut_with_or_without_a_tokenizer(
     said: list[tuple[str, str]],
@@ -40,7 +39,6 @@ def test_a_prompt_that_was_read_whole_is_never_cut_with_or_without_a_tokenizer(
             assert evidence
 
 
-@settings(deadline=None)
 @given(turns)
 def test_with_a_tokenizer_a_single_missing_token_is_seen(said: list[tuple[str, str]]) -> None:
     asked = request(said)
