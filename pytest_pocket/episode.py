@@ -9,14 +9,26 @@ from __future__ import annotations
 import hashlib
 import threading
 import time
+import traceback
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Literal
 
 from pytest_pocket import tools
-from pytest_pocket.chat import Backend, Cancelled, ChatReply, ChatRequest, EngineError, Message, Sampling
+from pytest_pocket.chat import (
+    Backend,
+    Cancelled,
+    ChatReply,
+    ChatRequest,
+    EngineError,
+    Message,
+    Sampling,
+    first_line,
+)
 from pytest_pocket.conditions import Condition
+from pytest_pocket.registry import ModelError
 from pytest_pocket.sandbox import CommandResult, FileState, Limits, Sandbox, SandboxError, SandboxProvider
 from pytest_pocket.task import Check, Final, Instance, Score, Task
 
@@ -211,13 +223,12 @@ def play(
                 max_tokens=min(budget.reply_tokens, budget.tokens - spent),
             )
             left = budget.seconds - (time.monotonic() - start)
-            reply = backend.chat(
-                ChatRequest(
-                    tuple(messages), tools.SCHEMAS, sampling, f"{instance.task}:{instance.seed}", left
-                )
+            request = ChatRequest(
+                tuple(messages), tools.SCHEMAS, sampling, f"{instance.task}:{instance.seed}", left
             )
+            reply, message = _answered(backend, request)
             replies.append(reply)
-            messages.append(reply.message())
+            messages.append(message)
             if reply.truncated:
                 return end(
                     "truncated",
@@ -268,6 +279,21 @@ def play(
     finally:
         if sandbox is not None:
             workshop.close(sandbox)
+
+
+def _answered(backend: Backend, request: ChatRequest) -> tuple[ChatReply, Message]:
+    """What a backend replies.  Whatever else it raises, out of memory too, is the engine's fault: an EngineError."""
+    try:
+        reply = backend.chat(request)
+        return reply, reply.message()
+    except (EngineError, Cancelled, ModelError):
+        raise
+    except Exception as error:
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        where = f"{Path(place.filename).name}:{place.lineno}"
+        raise EngineError(
+            f"the backend broke: {type(error).__name__}: {first_line(error)} ({where})"
+        ) from error
 
 
 def _lost(reply: ChatReply) -> float:

@@ -59,6 +59,9 @@ OPTIONS = {
 }
 GROUPS = ("read", "run", "write", "react", "stop")
 
+NEED_MODELS = ("model", "fail_under", "must_pass", "baseline", "fail_worse", "summary")
+"""What a command line cannot ask for without a model: an empty variable of a CI must not open its gate."""
+
 NO_MODEL = "no model: give --pocket-model=NAME, one or more of"
 MODELS = pytest.StashKey[str]()
 SESSION = pytest.StashKey["Session"]()
@@ -129,7 +132,8 @@ def pytest_configure(config: pytest.Config) -> None:
         config.addinivalue_line("markers", f"{group}: pocket tasks of the group {group!r}")
     for marker in ("model", "backend", "condition"):
         config.addinivalue_line("markers", f"{marker}(name): the {marker} of a pocket test")
-    if not (config.option.pocket_conformance or any(_value(config, name) for name in OPTIONS)):
+    given = [name for name in NEED_MODELS if config.getoption(f"pocket_{name}") is not None]
+    if not (given or config.option.pocket_conformance or any(_value(config, name) for name in OPTIONS)):
         return
     from pytest_pocket import options
     from pytest_pocket.session import Session
@@ -139,6 +143,11 @@ def pytest_configure(config: pytest.Config) -> None:
         if not asked.models:
             if config.option.pocket_conformance:
                 raise options.OptionError("--pocket-conformance needs --pocket-model: the engines to ask")
+            if given:
+                raise options.OptionError(
+                    f"--pocket-{given[0].replace('_', '-')} without a model: give --pocket-model=NAME "
+                    "(--pocket-list shows them)"
+                )
             return
         if asked.executor == "ray" and _distributed(config):
             raise options.OptionError("--pocket-executor ray plays in Ray's workers: run it without -n")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -11,7 +12,7 @@ from typing import Any
 import pytest
 
 from pytest_pocket import task_list
-from pytest_pocket.chat import Cancelled, ChatReply, ChatRequest, EngineError, ToolCall
+from pytest_pocket.chat import Cancelled, ChatReply, ChatRequest, EngineError, ToolCall, first_line
 from pytest_pocket.conditions import SYSTEM_PROMPTS, Condition
 from pytest_pocket.episode import Budget, Episode, Workshop, check_lines, play, reply_seed
 from pytest_pocket.sandbox import Limits, Sandbox, SandboxError, SandboxUnavailable
@@ -289,6 +290,30 @@ def test_a_sandbox_that_does_not_open_is_infra() -> None:
             raise SandboxError("no room")
 
     assert play(TASK, INSTANCE, Script(say("x")), Workshop(Broken())).detail == "SandboxError: no room"
+
+
+@pytest.mark.parametrize("fault", [ConnectionError("gone\nfor good"), MemoryError(), KeyError("choices")])
+def test_whatever_a_backend_raises_is_infra_and_says_where(workshop: Workshop, fault: Exception) -> None:
+    def breaks(request: ChatRequest) -> ChatReply:
+        raise fault
+
+    episode, _ = attempt(workshop, COPY, breaks)
+    assert ending(episode) == ("infra", "infra", 0.0)
+    said = first_line(fault)
+    assert re.fullmatch(
+        rf"EngineError: the backend broke: {type(fault).__name__}: {said} \(test_episode\.py:\d+\)",
+        episode.detail,
+    )
+
+
+def test_what_is_no_reply_is_infra(workshop: Workshop) -> None:
+    class Talks(Script):
+        def chat(self, request: ChatRequest) -> Any:
+            return "hello"
+
+    episode = play(TASK, INSTANCE, Talks(), workshop)
+    assert episode.outcome == "infra"
+    assert "AttributeError: 'str' object has no attribute 'message'" in episode.detail
 
 
 def test_a_broken_task_raises_and_leaves_no_sandbox(workshop: Workshop) -> None:

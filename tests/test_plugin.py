@@ -246,6 +246,11 @@ USAGE = {
     f"--pocket-model=toy:unloadable --pocket-records={'x' * 300}": "cannot write records to *File name too long*",
     "--pocket-model=oracle:x": "unknown model 'oracle:x': choose from *",
     "--runs=0": "--pocket-runs 0: *",
+    "--pocket-model=": "--pocket-model without a model: give --pocket-model=NAME*",
+    "--pocket-model= --pocket-fail-under=0.9": "--pocket-model without a model: *",
+    "--pocket-fail-under=0.9": "--pocket-fail-under without a model: *",
+    "--pocket-must-pass=greet": "--pocket-must-pass without a model: *",
+    "--pocket-summary=out.md": "--pocket-summary without a model: *",
 }
 
 
