@@ -1,18 +1,20 @@
-"""Small Python functions, by family: what they do, how they are written, how they go wrong.
+"""Small Python functions, by family: what they do, how they are written, how they go wrong, where they stand.
 
 The code tasks draw from these.  A family has at least one spelling of its name, one or more single-line bugs,
 and a source of inputs; the expected outputs are computed from the correct code, here, never inside a sandbox.
+A project puts a function among others into a module, with a test of it in the same folder or another.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
-from dataclasses import dataclass
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 from pytest_pocket import words
-from pytest_pocket.task import Draw, Final, Kinds
+from pytest_pocket.task import Check, Draw, Final, Instance, Kinds
 
 Args = tuple[Any, ...]
 
@@ -487,27 +489,62 @@ FAMILIES = Kinds(
 )
 
 
+PARAMETERS = {
+    "numbers": Kinds(train=["numbers", "values", "amounts"], dev=["figures"], eval=["series", "quantities"]),
+    "text": Kinds(train=["text", "phrase", "content"], dev=["line"], eval=["string", "message"]),
+    "items": Kinds(train=["items", "entries", "things"], dev=["parts"], eval=["elements", "rows"]),
+}
+"""What the parameters may be called that most families have."""
+
+SLIPS = (
+    (" + ", " - "),
+    (" - ", " + "),
+    (" * ", " + "),
+    (" += ", " -= "),
+    (" *= ", " += "),
+    (" = 0", " = 1"),
+    (" = 1", " = 0"),
+    (" == ", " != "),
+    (" != ", " == "),
+    (" < ", " > "),
+    (" < ", " <= "),
+    (" > ", " < "),
+    (" > ", " >= "),
+    (" in ", " not in "),
+    (" % 2", " % 3"),
+    (" // 2", " // 3"),
+    ("max(", "min("),
+    ("min(", "max("),
+    ("sorted(", "list("),
+    ("range(1,", "range(2,"),
+    (" + 1)", ")"),
+    ("[0]", "[1]"),
+    ("[-1]", "[-2]"),
+    ("[::2]", "[::3]"),
+    ("[1:]", "[2:]"),
+    (".upper()", ".lower()"),
+    (".lower()", ".upper()"),
+    ('" "', '"-"'),
+    ('","', '";"'),
+    ("return -1", "return 1"),
+)
+"""One text in place of another: the bugs that a body may have besides those of its family."""
+
+
 @dataclass(frozen=True)
 class Function:
     """One drawn function under one name, with shown and hidden cases (arguments and the right result)."""
 
     name: str
+    params: str
+    body: str
     family: Family
-    shown: tuple[tuple[Args, Any], ...]
-    hidden: tuple[tuple[Args, Any], ...]
+    shown: tuple[tuple[Args, Any], ...] = ()
+    hidden: tuple[tuple[Args, Any], ...] = ()
 
     def source(self, body: str | None = None) -> str:
         """The function's code, with another body if given."""
-        return (
-            f'def {self.name}({self.family.params}):\n    """{self.family.doc}"""\n{body or self.family.body}'
-        )
-
-    def test(self, module: str) -> str:
-        """A test script of asserts over the shown cases, which prints "ok"."""
-        asserts = "".join(
-            f"assert {self.name}({', '.join(map(repr, args))}) == {result!r}\n" for args, result in self.shown
-        )
-        return f'from {module} import {self.name}\n\n{asserts}print("ok")\n'
+        return f'def {self.name}({self.params}):\n    """{self.family.doc}"""\n{body or self.body}'
 
 
 def _call(source: str, name: str, args: Args) -> Any:
@@ -517,36 +554,71 @@ def _call(source: str, name: str, args: Args) -> Any:
     return scope[name](*json.loads(json.dumps(args)))
 
 
+def _spelled(family: Family, name: str, parameter: Callable[[Kinds[str]], str]) -> Function:
+    """A function of a family, whose first parameter may have another name."""
+    params, body = family.params, family.body
+    for old, kinds in PARAMETERS.items():
+        if re.search(rf"\b{old}\b", params):
+            new = parameter(kinds)
+            params, body = (re.sub(rf"\b{old}\b", new, each) for each in (params, body))
+    return Function(name, params, body, family)
+
+
 def draw_function(draw: Draw) -> Function:
     """A function whose shown and hidden cases differ, and whose results are not all the same."""
     family = draw.kind("family", FAMILIES)
-    name = draw.pick(family.names)
-    blank = Function(name, family, (), ())
+    blank = _spelled(family, draw.pick(family.names), lambda kinds: draw.kind("layout", kinds))
     cases: dict[str, tuple[Args, Any]] = {}
     for _ in range(200):
         args = family.inputs(draw)
-        cases[repr(args)] = (args, _call(blank.source(), name, args))
+        cases[repr(args)] = (args, _call(blank.source(), blank.name, args))
         if len(cases) >= 8 and len({repr(result) for _, result in cases.values()}) >= 2:
             break
     else:
-        raise ValueError(f"the inputs of family {name!r} are too much alike")
+        raise ValueError(f"the inputs of family {blank.name!r} are too much alike")
     drawn = list(cases.values())
-    return Function(name, family, tuple(drawn[:3]), tuple(drawn[3:]))
+    return replace(blank, shown=tuple(drawn[:3]), hidden=tuple(drawn[3:]))
 
 
-def draw_bug(draw: Draw, function: Function) -> str | None:
-    """A wrong body of the function that fails a shown and a hidden case; None if no bug of its family does."""
-    right_body = f"\n{function.family.body}"
-    bodies = [
-        right_body.replace(f"\n{right}\n", f"\n{wrong}\n", 1)[1:] for right, wrong in function.family.bugs
-    ]
-    draw.random.shuffle(bodies)
-    wrong = (
-        body
-        for body in bodies
-        if _fails(function, body, function.shown) and _fails(function, body, function.hidden)
-    )
-    return next(wrong, None)
+def _wrong_lines(function: Function) -> Iterator[tuple[str, str]]:
+    """A line of a function's body, and what it may be instead: the family's bugs, and slips."""
+    lines = function.body.splitlines()
+    for right, wrong in function.family.bugs:
+        # The bug is written with the family's own names.
+        own = function.family.body.splitlines().index(right)
+        for old, new in zip(function.family.params.split(", "), function.params.split(", "), strict=True):
+            wrong = re.sub(rf"\b{old}\b", new, wrong)
+        yield lines[own], wrong
+    if "    while " in function.body:
+        return  # a slip there may never end
+    for line in lines:
+        for right, wrong in SLIPS:
+            for found in re.finditer(re.escape(right), line):
+                yield line, line[: found.start()] + wrong + line[found.end() :]
+
+
+def draw_bug(draw: Draw, function: Function) -> tuple[str, str] | None:
+    """A line of the body and a wrong one that fails a shown and a hidden case; None if no bug of it does."""
+    bugs = list(dict.fromkeys(_wrong_lines(function)))
+    draw.random.shuffle(bugs)
+    for right, wrong in bugs:
+        body = function.body.replace(f"{right}\n", f"{wrong}\n", 1)
+        if (
+            function.body.splitlines().count(right) == 1
+            and _compiles(function.source(body))
+            and _fails(function, body, function.shown)
+            and _fails(function, body, function.hidden)
+        ):
+            return right, wrong
+    return None
+
+
+def _compiles(source: str) -> bool:
+    try:
+        compile(source, "function", "exec")
+    except SyntaxError:
+        return False
+    return True
 
 
 def _fails(function: Function, body: str, cases: tuple[tuple[Args, Any], ...]) -> bool:
@@ -557,6 +629,101 @@ def _fails(function: Function, body: str, cases: tuple[tuple[Args, Any], ...]) -
         except Exception:
             return True
     return False
+
+
+PLACES = Kinds(
+    train=[
+        ("", "", "test_{0}"),
+        ("", "", "{0}_test"),
+        ("src/", "", "test_{0}"),
+        ("{1}/", "{1}/", "test_{0}"),
+        ("lib/", "tests/", "test_{0}"),
+        ("", "tests/", "check_{0}"),
+        ("{1}/", "", "test_{0}"),
+    ],
+    dev=[("code/", "checks/", "test_{0}")],
+    eval=[("{1}/core/", "", "test_{0}"), ("source/", "test/", "try_{0}")],
+)
+"""Where a module lies, where its test, and what that is called: {0} is the module, {1} another noun."""
+
+TESTS: Kinds[str] = Kinds(train=["asserts", "asserts", "table"], dev=["list"], eval=["messages"])
+
+
+@dataclass(frozen=True)
+class Project:
+    """A module with a drawn function in it, and a test that ``python3 {test}`` in the workspace runs.
+
+    ``rest`` is the code of the module's other functions, which are right and must stay.
+    """
+
+    path: str
+    test: str
+    files: dict[str, str]
+    rest: tuple[str, ...]
+
+    def expect(self, function: Function) -> dict[str, Any]:
+        """What :func:`works_in_project` looks at."""
+        return {
+            "path": self.path,
+            "test": self.test,
+            "rest": self.rest,
+            "name": function.name,
+            "shown": function.shown,
+            "cases": function.hidden,
+        }
+
+
+def _test(style: str, function: Function, module: str, folder: str, tests: str) -> str:
+    """A script that checks a function's shown cases and prints "ok"."""
+    calls = [
+        (f"{function.name}({', '.join(map(repr, args))})", repr(args), repr(result))
+        for args, result in function.shown
+    ]
+    if style == "asserts":
+        body = "".join(f"assert {call} == {result}\n" for call, _, result in calls)
+    elif style == "table":
+        rows = "".join(f"    ({args}, {result}),\n" for _, args, result in calls)
+        body = f"CASES = [\n{rows}]\n\nfor args, wanted in CASES:\n    assert {function.name}(*args) == wanted, args\n"
+    elif style == "list":
+        found, wanted = (
+            ", ".join(each) for each in zip(*[(call, result) for call, _, result in calls], strict=True)
+        )
+        body = f"found = [{found}]\nassert found == [{wanted}], found\n"
+    else:
+        body = "".join(
+            f'assert {call} == {result}, "{function.name} is wrong"\n' for call, _, result in calls
+        )
+    path = "" if folder == tests else f'import sys\n\nsys.path.insert(0, "{folder.rstrip("/") or "."}")\n'
+    return f'{path}from {module} import {function.name}\n\n{body}print("ok")\n'
+
+
+def draw_project(draw: Draw, function: Function, line: str, body: str) -> Project:
+    """A project whose module has the function with another body; ``line`` of it stands nowhere else in the module."""
+    folder, tests, named = draw.kind("layout", PLACES)
+    style = draw.kind("layout", TESTS)
+    module, package, second = words.nouns(draw, 3)
+    folder, tests = folder.format(module, package), tests.format(module, package)
+    path, test = f"{folder}{module}.py", f"{tests}{named.format(module)}.py"
+    neighbours: list[str] = []
+    for family in draw.sample(FAMILIES.train, draw.pick([0, 1, 1, 2, 2])):
+        name = draw.pick(family.names)
+        source = _spelled(family, name, lambda kinds: draw.pick(kinds.train)).source()
+        if name != function.name and line not in source:
+            neighbours.append(source)
+    parts = [*neighbours, function.source(body)]
+    draw.random.shuffle(parts)
+    if draw.chance(0.5):
+        parts = [f'"""About the {" and the ".join(words.nouns(draw, 2))}."""\n', *parts]
+    files = {
+        path: "\n\n".join(parts),
+        test: _test(style, function, module, folder, tests),
+        **words.bystanders(draw, path, test, second),
+    }
+    if draw.chance(0.3):
+        family = draw.pick(FAMILIES.train)
+        other = _spelled(family, draw.pick(family.names), lambda kinds: draw.pick(kinds.train))
+        files[f"{folder}{second}.py"] = other.source()
+    return Project(path, test, files, tuple(neighbours))
 
 
 _HARNESS = """\
@@ -598,3 +765,12 @@ def works(final: Final, path: str, name: str, cases: tuple[tuple[Args, Any], ...
     expected = json.loads(json.dumps([result for _, result in cases]))
     # JSON keeps True and 1 apart, Python's == does not.
     return json.dumps(found) == json.dumps(expected)
+
+
+def works_in_project(instance: Instance, final: Final) -> Check:
+    """Whether a project's function gives the right results, and the module's other functions are as they were."""
+    path, name, cases, rest = (instance.expect[key] for key in ("path", "name", "cases", "rest"))
+    text = final.text(path) or ""
+    if not all(source in text for source in rest):
+        return Check("works", 0.0, "another function of the module has changed")
+    return Check("works", float(works(final, path, name, cases)), "hidden inputs")

@@ -15,7 +15,7 @@ from typing import Any, ClassVar, Generic, Literal, TypeVar, get_args
 from pytest_pocket.chat import ToolCall
 from pytest_pocket.sandbox import CommandResult, FileState
 
-SUITE_VERSION = "1"
+SUITE_VERSION = "2"
 """Stamped on tasks, prompts, tools and template together; scores of different versions are never compared."""
 
 Split = Literal["train", "dev", "eval"]

@@ -143,6 +143,45 @@ def values(draw: Draw, count: int, avoid: Sequence[str] = ()) -> list[str]:
     return found
 
 
+ENDINGS = ("txt", "md", "log", "cfg", "ini", "json", "toml", "yaml", "csv", "env", "sh")
+"""Of files whose content a task draws for no other reason than to have it."""
+
+
+def content(draw: Draw, ending: str) -> str:
+    """What a file with that ending could hold: plain text, or a few settings."""
+    rows = {
+        "cfg": "{0} = {1}",
+        "ini": "{0} = {1}",
+        "toml": '{0} = "{1}"',
+        "yaml": "{0}: {1}",
+        "csv": "{0},{1}",
+        "env": "{0}={1}",
+        "sh": "{0}={1}",
+        "json": '  "{0}": "{1}"',
+    }
+    count = draw.number(1, 3)
+    if ending not in rows:
+        return "".join(f"{sentence(draw)}\n" for _ in range(count))
+    settings = zip(nouns(draw, count), values(draw, count), strict=True)
+    lines = [rows[ending].format(*setting) for setting in settings]
+    if ending == "json":
+        return "{\n" + ",\n".join(lines) + "\n}\n"
+    heading = f"[{draw.pick(NOUNS)}]\n" if ending == "ini" else ""
+    return heading + "\n".join(lines) + "\n"
+
+
+def bystanders(draw: Draw, *paths: str) -> dict[str, str]:
+    """One to three files that a task has nothing to do with, by path.  No name has a noun that is in ``paths``."""
+    free = [noun for noun in NOUNS if not any(noun in path for path in paths)]
+    folders = ["", "", "", *(f"{folder}/" for folder in DIRECTORIES.train)]
+    named = [
+        (f"{draw.pick(folders)}{stem}.{ending}", ending)
+        for stem in draw.sample(free, draw.number(1, 3))
+        for ending in [draw.pick(ENDINGS)]
+    ]
+    return {path: content(draw, ending) for path, ending in named}
+
+
 def sentence(draw: Draw) -> str:
     """A line of plain text."""
     one, two, three = nouns(draw, 3)

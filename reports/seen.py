@@ -1,4 +1,4 @@
-"""How many eval instances show a module that training instances show too, to the letter.
+"""How much of the code in eval instances training instances show too, to the letter: the module, and the line to mend.
 
     python reports/seen.py
 
@@ -6,28 +6,35 @@ A model that was trained on this split may know those by heart; one that was not
 """
 
 from pytest_pocket import task_list
-from pytest_pocket.task import Instance, instance_seed
+from pytest_pocket.task import Instance, Split, instance_seed
 
 TASKS = ("fix_failing_test", "implement_function", "fix_syntax_error")
 TRAIN, EVAL = 2000, 1000
 
 
-def modules(instance: Instance) -> set[str]:
-    """The Python files of an instance but its tests."""
-    return {
-        text
-        for path, text in instance.files.items()
-        if path.endswith(".py") and not path.rpartition("/")[2].startswith("test_")
-    }
+def shown(instance: Instance) -> tuple[str, tuple[str, ...]]:
+    """The module to work on, and what an edit of it replaces by what."""
+    expect = instance.expect
+    pairs = (("wrong", "right"), ("stub", "body"), ("old", "new"))
+    return instance.files[expect["path"]], next((expect[a], expect[b]) for a, b in pairs if a in expect)
+
+
+def instances(name: str, split: Split, count: int) -> list[tuple[str, tuple[str, ...]]]:
+    """What instances of a split show."""
+    task = task_list.find(name)
+    return [shown(task.build(instance_seed(split, index))) for index in range(count)]
 
 
 def main() -> None:
     """Count, and print a line a task."""
     for name in TASKS:
-        task = task_list.find(name)
-        known = set().union(*(modules(task.build(instance_seed("train", n))) for n in range(TRAIN)))
-        seen = sum(bool(modules(task.build(instance_seed("eval", n))) & known) for n in range(EVAL))
-        print(f"{name}: {seen} of {EVAL} eval instances, against {TRAIN} of training")
+        modules, edits = map(set, zip(*instances(name, "train", TRAIN), strict=True))
+        held = instances(name, "eval", EVAL)
+        seen = sum(module in modules for module, _ in held)
+        known = sum(edit in edits for _, edit in held)
+        print(
+            f"{name}: {seen} modules and {known} edits of {EVAL} eval instances, against {TRAIN} of training"
+        )
 
 
 if __name__ == "__main__":

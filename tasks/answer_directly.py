@@ -6,7 +6,7 @@ answer earns half.
 
 from pytest_pocket import Check, Draw, Final, Instance, Kinds, Problem, Score, Solution, Task, score
 from pytest_pocket.answers import says
-from pytest_pocket.words import NOUNS, nouns, question, symbol
+from pytest_pocket.words import NOUNS, bystanders, nouns, question, symbol
 
 WORDINGS = Kinds(
     train=[
@@ -71,7 +71,9 @@ class AnswerDirectly(Task):
         }
         prompt = question(draw, WORDINGS, what=ask.format(**facts))
         return Problem(
-            prompt=prompt, files={f"{items[1]}.txt": items[2] + "\n"}, expect={"value": facts[wanted]}
+            prompt=prompt,
+            files={f"{items[1]}.txt": items[2] + "\n", **bystanders(draw, *items, name)},
+            expect={"value": facts[wanted]},
         )
 
     def solve(self, instance: Instance) -> Solution:

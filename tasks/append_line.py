@@ -5,7 +5,7 @@ lines.  Cheats: replace the file, append twice, append elsewhere.
 """
 
 from pytest_pocket import Check, Draw, Final, Instance, Kinds, Problem, Score, Solution, Task, ToolCall, score
-from pytest_pocket.words import directory, nouns, phrase, sentence
+from pytest_pocket.words import bystanders, directory, nouns, phrase, sentence
 
 WORDINGS = Kinds(
     train=[
@@ -43,14 +43,14 @@ class AppendLine(Task):
 
     def make(self, draw: Draw) -> Problem:
         shape = draw.kind("layout", LINES)
-        stem, other, *keys = nouns(draw, 8)
+        stem, *keys = nouns(draw, 7)
         lines = [shape.format(sentence(draw), key, draw.number(2, 999)) for key in keys[: draw.number(3, 6)]]
         *old, new = lines
         text = "\n".join(old) + draw.kind("layout", ENDS)
-        path = f"{directory(draw)}{stem}.{draw.pick(['txt', 'md', 'log', 'cfg'])}"
+        path = f"{directory(draw)}{stem}.{draw.pick(['txt', 'md', 'log', 'cfg', 'csv', 'list'])}"
         return Problem(
             prompt=phrase(draw, WORDINGS, line=new, path=path),
-            files={path: text, f"{directory(draw)}{other}.txt": sentence(draw) + "\n"},
+            files={path: text, **bystanders(draw, path)},
             expect={"path": path, "old": text, "line": new},
         )
 

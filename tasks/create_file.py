@@ -5,7 +5,7 @@ A missing or an additional newline at the very end is forgiven.
 """
 
 from pytest_pocket import Check, Draw, Final, Instance, Kinds, Problem, Score, Solution, Task, ToolCall, score
-from pytest_pocket.words import directory, nouns, phrase, sentence, values
+from pytest_pocket.words import bystanders, directory, nouns, phrase, sentence, values
 
 WORDINGS = Kinds(
     train=[
@@ -55,12 +55,12 @@ class CreateFile(Task):
 
     def make(self, draw: Draw) -> Problem:
         shape = draw.kind("layout", LINES)
-        stem, other = nouns(draw, 2)
+        (stem,) = nouns(draw, 1)
         content = "\n".join(line(draw, shape) for _ in range(draw.number(1, 3)))
         path = f"{directory(draw)}{stem}.{draw.pick(['txt', 'md', 'cfg', 'log', 'list'])}"
         return Problem(
             prompt=phrase(draw, WORDINGS, path=path, content=content),
-            files={f"{directory(draw)}{other}.txt": sentence(draw) + "\n"},
+            files=bystanders(draw, path),
             expect={"path": path, "content": content},
         )
 

@@ -6,7 +6,7 @@ Cheats: answer from the output or the name; one of many statuses is accepted.
 
 from pytest_pocket import Check, Draw, Final, Instance, Kinds, Problem, Score, Solution, Task, ToolCall, score
 from pytest_pocket.answers import says
-from pytest_pocket.words import directory, nouns, phrase, sentence
+from pytest_pocket.words import bystanders, directory, nouns, phrase
 
 WORDINGS = Kinds(
     train=[
@@ -49,7 +49,7 @@ class ExitStatus(Task):
     group = "run"
 
     def make(self, draw: Draw) -> Problem:
-        stem, one, two, note = nouns(draw, 4)
+        stem, one, two = nouns(draw, 3)
         status = 0 if draw.chance(0.2) else draw.number(1, 99)
         lines = [draw.kind("layout", MESSAGES).format(word) for word in (one, two)][: draw.number(1, 2)]
         if draw.chance(0.5):
@@ -67,7 +67,7 @@ class ExitStatus(Task):
         path = f"{directory(draw)}{stem}.{ending}"
         return Problem(
             prompt=phrase(draw, WORDINGS, command=f"{program} {path}"),
-            files={path: text, f"{note}.md": sentence(draw) + "\n"},
+            files={path: text, **bystanders(draw, path)},
             expect={"answer": str(status) if status else "ok", "command": f"{program} {path}"},
         )
 

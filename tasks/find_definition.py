@@ -65,7 +65,7 @@ class FindDefinition(Task):
             paths[1]: use.format(name, stems[0]),
             paths[2]: define.format(f"{name}_{stems[4]}") + "\n" + define.format(others[1]),
             paths[3]: define.format(others[2]),
-            f"{directory(draw)}{stems[5]}.md": f"{sentence(draw)}\ncall {name} first\n",
+            f"{directory(draw)}{stems[5]}.{draw.pick(['md', 'txt', 'rst', 'log'])}": f"{sentence(draw)}\ncall {name} first\n",
         }
         paths_shuffled = draw.sample(list(files), len(files))
         return Problem(

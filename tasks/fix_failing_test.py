@@ -4,9 +4,9 @@ Skill: read code and test, find the wrong line, change it.  Cheats: change or de
 values, forge the run; only the function's file is looked at, on hidden inputs, and the test must be unchanged.
 """
 
-from pytest_pocket import Check, Draw, Final, Instance, Kinds, Problem, Score, Solution, Task, ToolCall, score
-from pytest_pocket.functions import draw_bug, draw_function, works
-from pytest_pocket.words import nouns, phrase, sentence
+from pytest_pocket import Draw, Final, Instance, Kinds, Problem, Score, Solution, Task, ToolCall, score
+from pytest_pocket.functions import draw_bug, draw_function, draw_project, works_in_project
+from pytest_pocket.words import phrase
 
 WORDINGS = Kinds(
     train=[
@@ -41,36 +41,25 @@ class FixFailingTest(Task):
         function = draw_function(draw)
         while (bug := draw_bug(draw, function)) is None:
             function = draw_function(draw)
-        module, other = nouns(draw, 2)
-        wrong, right = next(
-            (old, new)
-            for old, new in zip(bug.splitlines(), function.family.body.splitlines(), strict=True)
-            if old != new
-        )
+        right, wrong = bug
+        body = function.body.replace(f"{right}\n", f"{wrong}\n", 1)
+        project = draw_project(draw, function, wrong, body)
         return Problem(
-            prompt=phrase(draw, WORDINGS, path=f"{module}.py", test=f"test_{module}.py"),
-            files={
-                f"{module}.py": function.source(bug),
-                f"test_{module}.py": function.test(module),
-                f"{other}.md": sentence(draw) + "\n",
-            },
+            prompt=phrase(draw, WORDINGS, path=project.path, test=project.test),
+            files=project.files,
             expect={
-                "module": module,
-                "name": function.name,
-                "cases": function.hidden,
+                **project.expect(function),
                 "wrong": wrong,
                 "right": right,
             },
         )
 
     def solve(self, instance: Instance) -> Solution:
-        module, wrong, right = (instance.expect[key] for key in ("module", "wrong", "right"))
-        yield ToolCall("Read", {"file_path": f"{module}.py"})
-        yield ToolCall("Edit", {"file_path": f"{module}.py", "old_string": wrong, "new_string": right})
-        yield ToolCall("Bash", {"command": f"python3 test_{module}.py"})
+        path, wrong, right = (instance.expect[key] for key in ("path", "wrong", "right"))
+        yield ToolCall("Read", {"file_path": path})
+        yield ToolCall("Edit", {"file_path": path, "old_string": wrong, "new_string": right})
+        yield ToolCall("Bash", {"command": f"python3 {instance.expect['test']}"})
         return "Done."
 
     def reward(self, instance: Instance, final: Final) -> Score:
-        path = f"{instance.expect['module']}.py"
-        right = works(final, path, instance.expect["name"], instance.expect["cases"])
-        return score(final, Check("works", float(right), "hidden inputs"), may_change=[path])
+        return score(final, works_in_project(instance, final), may_change=[instance.expect["path"]])

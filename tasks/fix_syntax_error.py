@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 from pytest_pocket import Check, Draw, Final, Instance, Kinds, Problem, Score, Solution, Task, ToolCall, score
 from pytest_pocket.functions import draw_function, works
-from pytest_pocket.words import directory, nouns, phrase, sentence
+from pytest_pocket.words import bystanders, directory, nouns, phrase
 
 WORDINGS = Kinds(
     train=[
@@ -82,11 +82,11 @@ class FixSyntaxError(Task):
             text = "\n".join([*lines[:spot], broken, *lines[spot + 1 :]]) + "\n"
             if broken and lines.count(lines[spot]) == 1 and not _compiles(text):
                 break
-        stem, other = nouns(draw, 2)
+        (stem,) = nouns(draw, 1)
         path = f"{directory(draw)}{stem}.py"
         return Problem(
             prompt=phrase(draw, WORDINGS, path=path),
-            files={path: text, f"{other}.md": sentence(draw) + "\n"},
+            files={path: text, **bystanders(draw, path)},
             expect={
                 "path": path,
                 "name": function.name,

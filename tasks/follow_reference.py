@@ -6,7 +6,7 @@ the second holds the value, and other files hold values of the same kind.
 
 from pytest_pocket import Check, Draw, Final, Instance, Kinds, Problem, Score, Solution, Task, ToolCall, score
 from pytest_pocket.answers import says
-from pytest_pocket.words import directory, nouns, question
+from pytest_pocket.words import bystanders, directory, nouns, question
 
 WORDINGS = Kinds(
     train=[
@@ -58,16 +58,16 @@ class FollowReference(Task):
         topics, stems = names[:3], names[3:6]
         found = [f"{draw.pick(names[6:])}-{code}" for code in draw.sample(range(100, 999), 3)]
         shape, content = draw.kind("layout", INDEXES), draw.kind("layout", CONTENTS)
-        paths = [f"{directory(draw)}{stem}.txt" for stem in stems]
+        paths = [f"{directory(draw)}{stem}.{draw.pick(['txt', 'md', 'cfg', 'log'])}" for stem in stems]
         rows = [shape.format(topic=topic, path=path) for topic, path in zip(topics, paths, strict=True)]
-        index = f"{directory(draw)}{start}.md"
+        index = f"{directory(draw)}{start}.{draw.pick(['md', 'txt', 'list', 'rst'])}"
         body = "\n".join(draw.sample(rows, 3)) + "\n"
         if draw.chance(0.4):
             body = f"{draw.pick(['Index', 'Where things are', 'Files'])}\n\n{body}"
         files = {path: content.format(value=value) for path, value in zip(paths, found, strict=True)}
         return Problem(
             prompt=question(draw, WORDINGS, start=index, topic=topics[0]),
-            files={**files, index: body},
+            files={**files, index: body, **bystanders(draw, start, *stems, *topics)},
             expect={"value": found[0], "index": index, "topic": topics[0], "path": paths[0]},
         )
 

@@ -8,7 +8,7 @@ import shlex
 
 from pytest_pocket import Check, Draw, Final, Instance, Kinds, Problem, Score, Solution, Task, ToolCall, score
 from pytest_pocket.answers import says
-from pytest_pocket.words import PEOPLE, SURNAMES, VERBS, nouns, question, sentence
+from pytest_pocket.words import ENDINGS, PEOPLE, SURNAMES, VERBS, content, directory, nouns, question
 
 WORDINGS = Kinds(
     train=[
@@ -95,7 +95,11 @@ class GitHistory(Task):
             f"{verb} the {noun}"
             for verb, noun in zip(draw.sample(VERBS, count), nouns(draw, count), strict=True)
         ]
-        files = [f"{stem}.txt" for stem in nouns(draw, count)]
+        endings = [draw.pick(ENDINGS) for _ in range(count)]
+        files = [
+            f"{directory(draw)}{stem}.{ending}"
+            for stem, ending in zip(nouns(draw, count), endings, strict=True)
+        ]
         target = which % count
         script = ["git init -q --template= ."]
         for day, (author, subject, file) in enumerate(zip(authors, subjects, files, strict=True), start=1):
@@ -108,7 +112,7 @@ class GitHistory(Task):
         hints = {"subject": subjects[target], "file": files[target]}
         return Problem(
             prompt=question(draw, WORDINGS, what=ask.format(**hints)),
-            files={file: sentence(draw) + "\n" for file in files},
+            files={file: content(draw, ending) for file, ending in zip(files, endings, strict=True)},
             expect={
                 "value": (authors if field == "author" else subjects)[target],
                 "command": command.format(**hints),

@@ -4,9 +4,9 @@ Skill: turn a docstring into code.  Cheats: hard-code the tested values, change 
 function's file is looked at, on hidden inputs, and the test must be unchanged.
 """
 
-from pytest_pocket import Check, Draw, Final, Instance, Kinds, Problem, Score, Solution, Task, ToolCall, score
-from pytest_pocket.functions import draw_function, works
-from pytest_pocket.words import nouns, phrase, sentence
+from pytest_pocket import Draw, Final, Instance, Kinds, Problem, Score, Solution, Task, ToolCall, score
+from pytest_pocket.functions import draw_function, draw_project, works_in_project
+from pytest_pocket.words import phrase
 
 WORDINGS = Kinds(
     train=[
@@ -46,31 +46,23 @@ class ImplementFunction(Task):
     def make(self, draw: Draw) -> Problem:
         function = draw_function(draw)
         stub = draw.kind("layout", STUBS)
-        module, other = nouns(draw, 2)
+        project = draw_project(draw, function, stub, stub + "\n")
         return Problem(
-            prompt=phrase(draw, WORDINGS, name=function.name, path=f"{module}.py", test=f"test_{module}.py"),
-            files={
-                f"{module}.py": function.source(stub + "\n"),
-                f"test_{module}.py": function.test(module),
-                f"{other}.md": sentence(draw) + "\n",
-            },
+            prompt=phrase(draw, WORDINGS, name=function.name, path=project.path, test=project.test),
+            files=project.files,
             expect={
-                "module": module,
-                "name": function.name,
-                "cases": function.hidden,
+                **project.expect(function),
                 "stub": stub,
-                "body": function.family.body.removesuffix("\n"),
+                "body": function.body.removesuffix("\n"),
             },
         )
 
     def solve(self, instance: Instance) -> Solution:
-        module, stub, body = (instance.expect[key] for key in ("module", "stub", "body"))
-        yield ToolCall("Read", {"file_path": f"{module}.py"})
-        yield ToolCall("Edit", {"file_path": f"{module}.py", "old_string": stub, "new_string": body})
-        yield ToolCall("Bash", {"command": f"python3 test_{module}.py"})
+        path, stub, body = (instance.expect[key] for key in ("path", "stub", "body"))
+        yield ToolCall("Read", {"file_path": path})
+        yield ToolCall("Edit", {"file_path": path, "old_string": stub, "new_string": body})
+        yield ToolCall("Bash", {"command": f"python3 {instance.expect['test']}"})
         return "Done."
 
     def reward(self, instance: Instance, final: Final) -> Score:
-        path = f"{instance.expect['module']}.py"
-        right = works(final, path, instance.expect["name"], instance.expect["cases"])
-        return score(final, Check("works", float(right), "hidden inputs"), may_change=[path])
+        return score(final, works_in_project(instance, final), may_change=[instance.expect["path"]])

@@ -7,7 +7,7 @@ old one, and a note that mentions it and must stay.  Each file earns half.
 import re
 
 from pytest_pocket import Check, Draw, Final, Instance, Kinds, Problem, Score, Solution, Task, ToolCall, score
-from pytest_pocket.words import directory, nouns, phrase, sentence, symbol
+from pytest_pocket.words import bystanders, directory, nouns, phrase, sentence, symbol
 
 WORDINGS = Kinds(
     train=[
@@ -43,14 +43,20 @@ USES = Kinds(
     eval=["import {module} as m\n\nassert m.{old}(5) == 10\nassert m.{longer}(5) == 15\n"],
 )
 
-DEFINITION = """\
-def {longer}(value):
-    return value * 3
-
-
-def {old}(value):
-    return value * 2
-"""
+OTHER = "def {longer}(value):\n    return value * 3\n"
+ITSELF = "def {old}(value):\n    return value * 2\n"
+DEFINITIONS = Kinds(
+    train=[
+        f"{OTHER}\n\n{ITSELF}",
+        f"{ITSELF}\n\n{OTHER}",
+        f"{OTHER}\n\n# {{old}} doubles.\n{ITSELF}",
+        f"{ITSELF}\n\nprint({{old}}(1))\n\n\n{OTHER}",
+    ],
+    dev=[f"{ITSELF}\n\n{OTHER}\n\ndouble = {{old}}\n"],
+    eval=[
+        f'"""Has {{old}} and {{longer}}."""\n\n\n{ITSELF}\n\n{OTHER}\n\n__all__ = ["{{longer}}", "{{old}}"]\n'
+    ],
+)
 
 
 class RenameSymbol(Task):
@@ -58,17 +64,23 @@ class RenameSymbol(Task):
     group = "write"
 
     def make(self, draw: Draw) -> Problem:
-        module, user, note, extra = nouns(draw, 4)
+        module, note, extra, *users = nouns(draw, 5)
         old, new = symbol(draw), symbol(draw)
         while new in old or old in new:
             new = symbol(draw)
         folder = directory(draw)
         fields = {"module": module, "old": old, "longer": f"{old}_{extra}"}
         files = {
-            f"{folder}{module}.py": DEFINITION.format(**fields),
-            f"{folder}{user}.py": draw.kind("layout", USES).format(**fields),
+            f"{folder}{module}.py": draw.kind("layout", DEFINITIONS).format(**fields),
+            **{
+                f"{folder}{user}.py": draw.kind("layout", USES).format(**fields)
+                for user in users[: draw.number(1, 2)]
+            },
         }
-        rest = {f"{note}.md": f"{sentence(draw)}\ncall {old} once\n"}
+        rest = {
+            f"{directory(draw)}{note}.{draw.pick(['md', 'txt', 'rst', 'sh'])}": f"{sentence(draw)}\ncall {old} once\n",
+            **bystanders(draw, module, *users, note, old, new),
+        }
         return Problem(
             prompt=phrase(draw, WORDINGS, old=old, new=new),
             files={**files, **rest},

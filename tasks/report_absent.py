@@ -6,7 +6,7 @@ is absent, and the other's value, change with the seed, and both lines must be r
 
 from pytest_pocket import Check, Draw, Final, Instance, Kinds, Problem, Score, Solution, Task, ToolCall, score
 from pytest_pocket.answers import normal
-from pytest_pocket.words import directory, nouns, phrase, values
+from pytest_pocket.words import bystanders, directory, nouns, phrase, values
 
 WORDINGS = Kinds(
     train=[
@@ -62,7 +62,11 @@ class ReportAbsent(Task):
         elsewhere = row.format(absent, values(draw, 1)[0]) + "\n"
         return Problem(
             prompt=phrase(draw, WORDINGS, a=asked[0], b=asked[1], path=path, how=draw.kind("wording", HOW)),
-            files={path: text, f"{directory(draw)}{other}.{ending}": elsewhere},
+            files={
+                path: text,
+                f"{directory(draw)}{other}.{ending}": elsewhere,
+                **bystanders(draw, path, other, absent, *keys),
+            },
             expect={
                 "answers": {key: settings.get(key, "absent") for key in asked},
                 "command": f"grep -E '{asked[0]}|{asked[1]}' {path}",

@@ -5,7 +5,7 @@ Skill: run instead of read.  Cheats: guess from the text; the output is computed
 
 from pytest_pocket import Check, Draw, Final, Instance, Kinds, Problem, Score, Solution, Task, ToolCall, score
 from pytest_pocket.answers import says
-from pytest_pocket.words import directory, nouns, phrase, sentence
+from pytest_pocket.words import bystanders, directory, nouns, phrase
 
 WORDINGS = Kinds(
     train=[
@@ -65,7 +65,7 @@ class RunScript(Task):
             files={
                 path: text,
                 f"{directory(draw)}{other}.{ending}": script.format(word=note, a=b, b=a + 1, wrong=note),
-                f"{note}.md": sentence(draw) + "\n",
+                **bystanders(draw, path, other),
             },
             expect={"output": result(script, word, a, b), "command": f"{program} {path}"},
         )

@@ -5,7 +5,7 @@ Skill: turn words into a command line.  Cheats: run it without arguments (its de
 
 from pytest_pocket import Check, Draw, Final, Instance, Kinds, Problem, Score, Solution, Task, ToolCall, score
 from pytest_pocket.answers import says
-from pytest_pocket.words import directory, nouns, phrase, sentence
+from pytest_pocket.words import bystanders, directory, nouns, phrase
 
 WORDINGS = Kinds(
     train=[
@@ -80,7 +80,7 @@ class RunWithArguments(Task):
 
     def make(self, draw: Draw) -> Problem:
         how, arguments, options = draw.kind("layout", FORMS)
-        stem, word, name, note = nouns(draw, 4)
+        stem, word, name = nouns(draw, 3)
         size, factor = draw.number(2, 99), draw.number(3, 19)
         program, ending, text = ("python3", "py", OPTIONS if options else POSITIONAL)
         if not options and draw.chance(0.5):
@@ -88,7 +88,7 @@ class RunWithArguments(Task):
         path = f"{directory(draw)}{stem}.{ending}"
         return Problem(
             prompt=phrase(draw, WORDINGS, program=program, path=path, how=how.format(b=name, c=size)),
-            files={path: text.format(word=word, factor=factor), f"{note}.md": sentence(draw) + "\n"},
+            files={path: text.format(word=word, factor=factor), **bystanders(draw, path)},
             expect={
                 "output": f"{name}-{size * factor}",
                 "command": f"{program} {path} {arguments.format(b=name, c=size)}",

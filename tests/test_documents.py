@@ -14,6 +14,7 @@ import pandas
 import pytest
 
 from pytest_pocket import records
+from pytest_pocket.task import SUITE_VERSION
 
 TEXT = (Path(__file__).parents[1] / "docs" / "records.md").read_text()
 LINES = re.findall(r"^```python\n(.*)\n```$", TEXT, re.MULTILINE)
@@ -56,7 +57,7 @@ def test_pandas(run: Path) -> None:
         each["reward"] for each in found if each["reward"] is not None
     ]
     assert episodes["messages"].iloc[-1] == found[-1]["messages"]
-    assert set(episodes["suite"]) == {"1"}
+    assert set(episodes["suite"]) == {SUITE_VERSION}
 
 
 def test_duckdb(run: Path) -> None:

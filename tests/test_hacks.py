@@ -132,7 +132,7 @@ class Hack:
 
 
 def path_of(each: Instance) -> str:
-    return str(each.expect["path"] if "path" in each.expect else f"{each.expect['module']}.py")
+    return str(each.expect["path"])
 
 
 def content_of(each: Instance) -> str:

@@ -186,7 +186,7 @@ def test_a_new_git_hook_or_dotfile_counts_as_damage(name: str, workshop: Worksho
 
 
 def code_file(each: Instance) -> str:
-    return each.expect.get("path") or f"{each.expect['module']}.py"
+    return str(each.expect["path"])
 
 
 def shown_cases(each: Instance) -> str:
@@ -199,8 +199,7 @@ def shown_cases(each: Instance) -> str:
             exec(fixed, names)
         cases = [(printed, repr(eval(f"{each.expect['name']}({printed})", names)))]
     else:
-        test = next(text for path, text in each.files.items() if path.startswith("test_"))
-        cases = re.findall(r"assert \w+\((.*)\) == (.*)", test)
+        cases = [(", ".join(map(repr, args)), repr(result)) for args, result in each.expect["shown"]]
     assert cases
     return "".join(f"    if args == ({args},): return {result}\n" for args, result in cases)
 
@@ -237,11 +236,12 @@ def test_hard_coding_the_shown_cases_never_passes(name: str, workshop: Workshop)
 
 
 @pytest.mark.parametrize("name", ["fix_failing_test", "implement_function"])
-@pytest.mark.parametrize(
-    "command", ["rm test_*.py", "for t in test_*.py; do echo 'print(\"ok\")' > $t; done"]
-)
+@pytest.mark.parametrize("command", ["rm $TEST", "echo 'print(\"ok\")' > $TEST"])
 def test_changing_the_tests_earns_nothing(name: str, command: str, workshop: Workshop) -> None:
-    assert {e.reward for e in attempts(name, workshop, lambda _: Script(bash(command)))} == {0.0}
+    def change(each: Instance) -> Script:
+        return Script(bash(f"TEST={each.expect['test']}; {command}"))
+
+    assert {e.reward for e in attempts(name, workshop, change)} == {0.0}
 
 
 @pytest.mark.parametrize("name", CODE)
@@ -269,9 +269,7 @@ def test_replacing_a_file_by_a_link_earns_nothing(workshop: Workshop) -> None:
 def test_prompts_vary_and_files_distract(name: str) -> None:
     instances = [TASKS[name].build(instance_seed("train", index)) for index in range(400)]
     assert len({each.prompt for each in instances}) > 380
-    assert all(
-        len(each.files) >= (1 if name in ("answer_directly", "create_file") else 2) for each in instances
-    )
+    assert all(len(each.files) >= (1 if name == "create_file" else 2) for each in instances)
 
 
 @pytest.mark.parametrize("name", TASKS)
