@@ -20,9 +20,9 @@ from pytest_pocket.registry import MANIFEST, Model
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 FACTS = (
-    "stage", "parent", "recipe", "recipe_sha256", "values", "data_sha256", "sampling", "seed", "data_seed", "tokens",
-    "pairs", "minutes", "hardware", "versions", "parameters", "suite", "tools_sha256", "template_sha256",
-    "parser_sha256", "commit", "made", "completed",
+    "stage", "parent", "parent_sha256", "recipe", "recipe_sha256", "values", "data_sha256", "sampling", "seed",
+    "data_seed", "tokens", "pairs", "minutes", "hardware", "versions", "parameters", "suite", "tools_sha256",
+    "template_sha256", "parser_sha256", "commit", "made", "completed",
 )  # fmt: skip
 """What a card repeats of a manifest, in this order, where it is there."""
 

@@ -392,6 +392,9 @@ def test_the_manifest_of_a_shipped_checkpoint_says_how_it_was_made(name: str) ->
     for fact in ("suite", "tools_sha256", "tools", "template_sha256", "parser_sha256", "commit", "minutes"):
         assert manifest[fact]
     learned_from_a_model = manifest["stage"] in ("dpo", "rlvr")
+    assert bool(manifest["parent"]) == (manifest["stage"] != "base")
+    if manifest["parent"]:
+        assert manifest["parent_sha256"] == read_manifest(shipped() / manifest["parent"]).digest
     assert bool(manifest["sampling"]) == learned_from_a_model
     assert ("data_sha256" in manifest) == (manifest["stage"] != "rlvr")
     assert (shipped() / name / "curve.png").read_bytes().startswith(b"\x89PNG")

@@ -69,6 +69,7 @@ def save(
         "name": name,
         "stage": stage,
         "parent": parent.name if parent else "",
+        **({"parent_sha256": parent.digest} if parent else {}),
         **({"adapter_of": base} if base else {}),
         "description": description,
         "suite": SUITE_VERSION,
@@ -81,7 +82,13 @@ def save(
         **origin(),
         "made": time.strftime("%Y-%m-%d", time.gmtime()),
         "hardware": f"{platform.machine()}, {os.cpu_count()} cores",
-        "versions": {package: version(package) for package in ("torch", "transformers", "tokenizers")},
+        "versions": {
+            "python": platform.python_version(),
+            **{
+                package: version(package)
+                for package in ("pytest-pocket", "torch", "transformers", "tokenizers")
+            },
+        },
         **facts,
     }
     plot.draw(curve, partial / "curve.png")
