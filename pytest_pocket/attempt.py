@@ -82,6 +82,7 @@ class Attempt:
             "backend": backend,
             "task": cell.task,
             "group": task_list.find(cell.task).group,
+            "condition": condition.slug,
             "prompt": condition.prompt,
             "think": "on" if condition.think else "off",
             "temperature": condition.temperature,

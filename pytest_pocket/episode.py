@@ -9,11 +9,9 @@ from __future__ import annotations
 import hashlib
 import threading
 import time
-import traceback
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Literal
 
 from pytest_pocket import tools
@@ -25,10 +23,9 @@ from pytest_pocket.chat import (
     EngineError,
     Message,
     Sampling,
-    first_line,
 )
 from pytest_pocket.conditions import Condition
-from pytest_pocket.registry import ModelError
+from pytest_pocket.registry import fault
 from pytest_pocket.sandbox import CommandResult, FileState, Limits, Sandbox, SandboxError, SandboxProvider
 from pytest_pocket.task import Check, Final, Instance, Score, Task
 
@@ -286,14 +283,10 @@ def _answered(backend: Backend, request: ChatRequest) -> tuple[ChatReply, Messag
     try:
         reply = backend.chat(request)
         return reply, reply.message()
-    except (EngineError, Cancelled, ModelError):
-        raise
     except Exception as error:
-        place = traceback.extract_tb(error.__traceback__)[-1]
-        where = f"{Path(place.filename).name}:{place.lineno}"
-        raise EngineError(
-            f"the backend broke: {type(error).__name__}: {first_line(error)} ({where})"
-        ) from error
+        if (told := fault(error)) is error:
+            raise
+        raise told from error
 
 
 def _lost(reply: ChatReply) -> float:

@@ -14,7 +14,7 @@ import os
 import sys
 import types
 from collections.abc import Callable, Generator, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -57,8 +57,6 @@ OPTIONS = {
     "shard": ("I/N", "play only part I of N, each instance whole; pocket merge joins the parts"),
     "summary": ("FILE", "write the tables and what the gates say to a Markdown file"),
 }
-GROUPS = ("read", "run", "write", "react", "stop")
-
 NEED_MODELS = ("model", "fail_under", "must_pass", "baseline", "fail_worse", "summary")
 """What a command line cannot ask for without a model: an empty variable of a CI must not open its gate."""
 
@@ -66,6 +64,7 @@ NO_MODEL = "no model: give --pocket-model=NAME, one or more of"
 MODELS = pytest.StashKey[str]()
 SESSION = pytest.StashKey["Session"]()
 SUBJECTS = pytest.StashKey["Subjects"]()
+MARKED = pytest.StashKey[set[str]]()
 HOOKED = pytest.StashKey["tuple[int, dict[Path, list[Task]]]"]()
 
 
@@ -128,10 +127,6 @@ def pytest_cmdline_main(config: pytest.Config) -> int | None:
 
 def pytest_configure(config: pytest.Config) -> None:
     """Register the markers; with models, check everything that was asked for before anything runs."""
-    for group in GROUPS:
-        config.addinivalue_line("markers", f"{group}: pocket tasks of the group {group!r}")
-    for marker in ("model", "backend", "condition"):
-        config.addinivalue_line("markers", f"{marker}(name): the {marker} of a pocket test")
     given = [name for name in NEED_MODELS if config.getoption(f"pocket_{name}") is not None]
     if not (given or config.option.pocket_conformance or any(_value(config, name) for name in OPTIONS)):
         return
@@ -231,6 +226,7 @@ class TaskFile(pytest.Module):
 
         if self.tasks is None:
             self.tasks = task_list.tasks_of(importlib.import_module(f"pytest_pocket.tasks.{self.path.stem}"))
+        _register_markers(self.config, {task.group for task in self.tasks})
         session = self.config.stash.get(SESSION, None)
         module = types.ModuleType(self.path.stem)
         for task in self.tasks:
@@ -240,6 +236,18 @@ class TaskFile(pytest.Module):
     def funcnamefilter(self, name: str) -> bool:
         """Every function here is a test."""
         return True
+
+
+def _register_markers(config: pytest.Config, groups: Iterable[str]) -> None:
+    """Let tests have our marks.  Not before there is one: under ``--strict-markers`` a project's own typo must fail."""
+    known = config.stash.setdefault(MARKED, set())
+    markers = {group: f"{group}: pocket tasks of the group {group!r}" for group in groups}
+    markers |= {
+        name: f"{name}(name): the {name} of a pocket test" for name in ("model", "backend", "condition")
+    }
+    for name in markers.keys() - known:
+        config.addinivalue_line("markers", markers[name])
+        known.add(name)
 
 
 def _shipped_file(path: Path, parent: pytest.Collector) -> TaskFile:
@@ -456,9 +464,12 @@ class Playing:
     def pytest_report_collectionfinish(self, items: list[pytest.Item]) -> str | None:
         """How much there is to play."""
         if not (cells := _cells(items)):
-            return None
+            return "pocket: no task among these tests: --pyargs pytest_pocket.tasks has the suite's"
         episodes = sum(cell.condition.best_of for cell in cells)
-        return f"pocket: {episodes} episodes, {self.session.options.in_flight} in flight"
+        what = f"pocket: {episodes} episode{'s' * (episodes != 1)}"
+        return (
+            what if self.config.option.collectonly else f"{what}, {self.session.options.in_flight} in flight"
+        )
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_sessionstart(self) -> None:
@@ -579,7 +590,7 @@ def _pocket_attempt(request: pytest.FixtureRequest, pocket_cell: Cell | None) ->
     session = request.config.stash[SESSION]
     reason, ends = "", True
     try:
-        attempt = session.result(pocket_cell)
+        attempt = session.result(pocket_cell, functools.partial(_waiting, request))
     except (ModelError, RecordsError, Cancelled) as error:
         reason = str(error) or "cancelled: the session ends"
         # Other models may have their engines.
@@ -594,6 +605,16 @@ def _pocket_attempt(request: pytest.FixtureRequest, pocket_cell: Cell | None) ->
     if attempt.episode.invalid:
         _fail(attempt)
     return attempt
+
+
+def _waiting(request: pytest.FixtureRequest, progress: str) -> None:
+    """Say how far the session is while pytest, which reports test by test, has nothing to say."""
+    manager = request.config.pluginmanager
+    reporter, capture = manager.getplugin("terminalreporter"), manager.getplugin("capturemanager")
+    if reporter:
+        with capture.global_and_fixture_disabled() if capture else nullcontext():
+            reporter.ensure_newline()
+            reporter.write_line(f"pocket: {progress}, waiting for {request.node.name}")
 
 
 def _value(config: pytest.Config, name: str) -> str:
@@ -690,7 +711,5 @@ def _hooked_tasks(config: pytest.Config) -> dict[Path, list[Task]]:
         from pytest_pocket import task_list
 
         tasks = task_list.by_file(task for added in config.hook.pytest_pocket_tasks() for task in added)
-        for group in {task.group for found in tasks.values() for task in found}.difference(GROUPS):
-            config.addinivalue_line("markers", f"{group}: pocket tasks of the group {group!r}")
         config.stash[HOOKED] = count, tasks
     return tasks

@@ -11,7 +11,7 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterable
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from typing import Generic, TypeVar
 
 from pytest_pocket.chat import Cancelled
@@ -19,6 +19,8 @@ from pytest_pocket.chat import Cancelled
 C = TypeVar("C", bound=Hashable)
 R = TypeVar("R")
 
+PATIENCE = 20.0
+"""Seconds that a result is waited for before the one who waits says so; then again."""
 AHEAD = 4
 """How many cells a window holds for each one in flight: slow ones at its head must not starve the engine."""
 
@@ -37,16 +39,22 @@ class Pool(Generic[C, R]):
         self._window = in_flight * AHEAD
         self._begun = 0
         self._claimed = 0
+        self.played = 0
+        self.total = len(self._futures)
         self._changed = threading.Condition()
 
-    def result(self, cell: C) -> R:
+    def result(self, cell: C, waiting: Callable[[], None] = lambda: None) -> R:
         """The result of a cell, waited for.  Raises what ``play`` raised, Cancelled after ``cancel``.
 
         A cell that was asked for before, or that is not the pool's, is played here and now: a rerun is a
-        fresh attempt.
+        fresh attempt.  ``waiting`` is called whenever ``PATIENCE`` has gone by.
         """
         future = self._claim(cell)
-        return self._play(cell) if future is None else future.result()
+        if future is None:
+            return self._play(cell)
+        while not wait([future], PATIENCE).done:
+            waiting()
+        return future.result()
 
     def cancel(self, seconds: float = 1.0) -> None:
         """Start nothing more, and wait for what is in flight; the caller has cancelled engines and sandboxes."""
@@ -82,6 +90,8 @@ class Pool(Generic[C, R]):
                 future.set_result(self._play(cell))
             except BaseException as error:
                 future.set_exception(error)
+            with self._changed:
+                self.played += 1
             del cell, future, taken  # a result may hold a whole workspace
 
     def _next(self) -> tuple[C, Future[R]] | None:

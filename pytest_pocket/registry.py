@@ -11,6 +11,7 @@ import hashlib
 import json
 import re
 import tomllib
+import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -20,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from pytest_pocket import parsing, tools
-from pytest_pocket.chat import Backend
+from pytest_pocket.chat import Backend, Cancelled, EngineError, first_line
 from pytest_pocket.task import SUITE_VERSION
 from pytest_pocket.vetting import Refused, stay_inside, vet
 
@@ -51,6 +52,15 @@ Factory = Callable[["Model"], Backend]
 
 class ModelError(ValueError):
     """A model that cannot be had, said in one line: what, the value, what to do."""
+
+
+def fault(error: Exception) -> Exception:
+    """What a backend's exception is told as: itself where it says what happened, else an EngineError with its place."""
+    if isinstance(error, (EngineError, Cancelled, ModelError)):
+        return error
+    place = traceback.extract_tb(error.__traceback__)[-1]
+    where = f"{Path(place.filename).name}:{place.lineno}"
+    return EngineError(f"the backend broke: {type(error).__name__}: {first_line(error)} ({where})")
 
 
 @dataclass(frozen=True)

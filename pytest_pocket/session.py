@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -152,12 +152,17 @@ class Session:
         """From now on, play ahead of what is asked for."""
         self._pool = Pool(self.play, self.missing(cells), self.options.in_flight)
 
-    def result(self, cell: Cell) -> Attempt:
-        """The attempt at a cell: kept, or from the pool where there is one, else played here.  Raises as ``play``."""
+    def result(self, cell: Cell, waiting: Callable[[str], None] = lambda progress: None) -> Attempt:
+        """The attempt at a cell: kept, or from the pool where there is one, else played here.  Raises as ``play``.
+
+        While the pool lets it wait, ``waiting`` is told now and then how far the pool has come.
+        """
         if (found := self._kept.pop(cell.key, None)) is not None:
             self._played[cell] = found[0]["rerun"] + 1
             return kept(cell, found, self.options.split, self.options.seed)
-        return self._pool.result(cell) if self._pool else self.play(cell)
+        if (pool := self._pool) is None:
+            return self.play(cell)
+        return pool.result(cell, lambda: waiting(f"{pool.played} of {pool.total} played"))
 
     def attempt(self, cell: Cell) -> Attempt:
         """Play a cell, in the cluster if there is one.  Raises Cancelled, ModelError."""

@@ -21,10 +21,8 @@ from multiprocessing.connection import Client, Connection, Listener
 from typing import Any
 
 from pytest_pocket.chat import Cancelled, ChatReply, ChatRequest, EngineError
-from pytest_pocket.registry import ModelError
+from pytest_pocket.registry import fault
 
-PASSED_ON = (EngineError, Cancelled, ModelError)
-"""What crosses the wire as itself; anything else becomes an EngineError."""
 LONGEST_PATH = 90
 """A Unix socket's path may have about 100 bytes."""
 
@@ -91,10 +89,8 @@ class Server:
         """Replies for the seeds, or the exception to raise in the worker."""
         try:
             return self._chats(model, request, seeds)
-        except PASSED_ON as error:
-            return error
         except Exception as error:
-            return EngineError(f"{type(error).__name__}: {error}")
+            return fault(error)
 
 
 class RemoteBackend:

@@ -12,6 +12,8 @@ import xml.etree.ElementTree as ElementTree
 import pytest
 from toy_project import Project, processes, table, wait_for
 
+from pytest_pocket import pool
+
 pytestmark = pytest.mark.filterwarnings("ignore:--pocket-sandbox=none")
 
 TASKS = ("--pyargs", "pytest_pocket.tasks")
@@ -54,6 +56,38 @@ def test_a_test_id_reads_well_and_is_selected_by_keyword(project: Project) -> No
     ]
     assert kept == ["conftest.py::greet[half-right-raw-think_off-t0-r02]"]
     assert not (project.path / "records").exists()
+
+
+def test_progress_is_told_while_one_slow_episode_holds_up_the_reports(
+    project: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pool, "PATIENCE", 0.2)
+    result = project.run("--pocket-model=toy:late", "--runs=4", "--pocket-prompt=raw")
+    waited = [line for line in result.outlines if "waiting for" in line]
+    assert waited[-1] == "pocket: 3 of 4 played, waiting for greet[toy_late-raw-think_off-t0-r01]"
+    assert 2 <= len(waited) <= 5
+    result.assert_outcomes(failed=4)
+
+
+def test_where_no_task_is_collected_a_line_says_where_they_are(project: Project) -> None:
+    project.pytester.makepyfile(test_other="def test_other(): pass")
+    result = project.run("test_other.py", "--pocket-model=oracle")
+    result.assert_outcomes(passed=1)
+    result.stdout.fnmatch_lines(["pocket: no task among these tests: --pyargs pytest_pocket.tasks has*"])
+
+
+def test_one_episode_is_told_as_one(project: Project) -> None:
+    result = project.run("--pocket-model=oracle", "--pocket-prompt=raw")
+    result.stdout.fnmatch_lines(["pocket: 1 episode, 16 in flight"])
+    result = project.run("--pocket-model=oracle", "--collect-only")
+    result.stdout.fnmatch_lines(["pocket: 2 episodes"])
+
+
+def test_a_project_that_has_no_task_has_none_of_our_markers(pytester: pytest.Pytester) -> None:
+    pytester.makepyfile("import pytest\n\n@pytest.mark.run\ndef test_it(): pass\n")
+    result = pytester.runpytest_inprocess("--strict-markers", "-p", "no:randomly")
+    result.stdout.fnmatch_lines(["*'run' not found in `markers` configuration option*"])
+    assert "pocket" not in "\n".join(pytester.runpytest_inprocess("--markers").outlines)
 
 
 def test_groups_models_and_conditions_are_markers(project: Project) -> None:
@@ -146,6 +180,7 @@ def test_junit_carries_the_numbers(project: Project) -> None:
         "seed",
     } <= first.keys()
     assert {"stop", "turns", "prompt_tokens", "seconds", "suite"} <= first.keys()
+    assert first["condition"] == "raw-think_off-t0"
     names = [each.get("name") for each in cases[1].iter("property")]
     assert len(names) == len(set(names))
 

@@ -7,6 +7,7 @@ import time
 
 import pytest
 
+from pytest_pocket import pool as pools
 from pytest_pocket.chat import Cancelled
 from pytest_pocket.pool import AHEAD, Pool
 
@@ -51,6 +52,21 @@ def test_one_that_is_waited_for_is_played_though_the_window_is_full_of_others() 
     pool.result(0)
     time.sleep(0.05)
     assert pool.result(99) == 99
+
+
+def test_who_waits_for_a_slow_one_hears_how_many_others_are_played(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pools, "PATIENCE", 0.05)
+    done = threading.Event()
+    slow = Pool(lambda cell: cell or done.wait(5), range(5), in_flight=2)
+    heard: list[tuple[int, int]] = []
+
+    def waiting() -> None:
+        heard.append((slow.played, slow.total))
+        if slow.played == 4:
+            done.set()
+
+    assert slow.result(0, waiting) is True
+    assert heard[-1] == (4, 5)
 
 
 def test_an_error_reaches_who_asks_and_no_one_else() -> None:
