@@ -85,7 +85,8 @@ def test_one_episode_is_told_as_one(project: Project) -> None:
 
 def test_a_project_that_has_no_task_has_none_of_our_markers(pytester: pytest.Pytester) -> None:
     pytester.makepyfile("import pytest\n\n@pytest.mark.run\ndef test_it(): pass\n")
-    result = pytester.runpytest_inprocess("--strict-markers", "-p", "no:randomly")
+    # In a process of its own: pytest's marks remember the names that earlier sessions of a process had.
+    result = pytester.runpytest_subprocess("--strict-markers", "-p", "no:randomly", timeout=60)
     result.stdout.fnmatch_lines(["*'run' not found in `markers` configuration option*"])
     assert "pocket" not in "\n".join(pytester.runpytest_inprocess("--markers").outlines)
 
