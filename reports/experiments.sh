@@ -17,7 +17,7 @@ play() { # NAME, then options: a run on dev into reports/experiments/NAME
 
 pairs() { # [MODEL FOLDER] what preferences are learned from: hot episodes of training instances
     [ -d "${2:-.pocket/pairs}" ] || .venv/bin/pytest "--pocket-model=${1:-sft-run6}" --pocket-split=train --pocket-temperature=1.5 \
-        --pocket-samples=4 --runs=10 --pocket-fail-under=0 -q "--pocket-records=${2:-.pocket/pairs}" | tail -n 30
+        --pocket-samples=4 --runs=4 --pocket-fail-under=0 -q "--pocket-records=${2:-.pocket/pairs}" | tail -n 30
 }
 prompts() { # raw, full and verbose prompts on every stage
     play prompts --pocket-model=base,sft-run6,dpo-v1-beta05,rlvr-v1,rlvr-v2-from-dpo,rlvr-v2-from-v1-epoch1 \
