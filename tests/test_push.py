@@ -42,7 +42,8 @@ def test_a_pushed_checkpoint_is_the_same_model_with_a_card(tmp_path: Path) -> No
     assert report.markdown(rows) in body
     manifest = json.loads((shipped() / "sft-run6" / "pocket.json").read_text())
     for key in ("data_sha256", "recipe_sha256", "parent"):
-        assert report.quoted(str(manifest[key])) in body
+        value = manifest[key]
+        assert report.quoted(value if isinstance(value, str) else json.dumps(value)) in body
     done = play_one_task(tmp_path, "pushed")
     assert done.returncode in (0, 1), done.stderr
     assert "1 passed" in done.stdout or "2 passed" in done.stdout

@@ -18,7 +18,8 @@ from pytest_pocket.episode import Workshop
 from pytest_pocket.verify import Verdict, verify
 
 COMMITTED = Path(__file__).parents[1] / "reports" / "tiny-family-3-runs"
-SHARD = {"index": 11, "count": 12}
+SHARDS = 17
+NEEDED = {"edit_value", "git_history", "run_script"}
 Info = dict[str, Any]
 Found = list[dict[str, Any]]
 
@@ -32,15 +33,22 @@ def workshop() -> Workshop:
 def run() -> tuple[Info, Found]:
     """A shard of a committed run: one model that ships, its ids, its evidence, its failures."""
     info, found = records.load(COMMITTED)
+    shards: list[Found] = [[] for _ in range(SHARDS)]
+    for each in found:
+        if each["model"] == "sft-run6":
+            shards[(zlib.crc32(each["task"].encode()) + each["run"]) % SHARDS].append(each)
+    number, held = next((number, held) for number, held in enumerate(shards, 1) if _telling(held))
     info["models"] = {"sft-run6": info["models"]["sft-run6"]}
-    info["options"] |= {"models": ["sft-run6"], "shard": SHARD}
-    held = [each for each in found if each["model"] == "sft-run6" and _in_shard(each)]
-    assert {"edit_value", "git_history", "run_script"} <= {each["task"] for each in held}
+    info["options"] |= {"models": ["sft-run6"], "shard": {"index": number, "count": SHARDS}}
     return info, held
 
 
-def _in_shard(record: dict[str, Any]) -> bool:
-    return (zlib.crc32(record["task"].encode()) + record["run"]) % SHARD["count"] == SHARD["index"] - 1
+def _telling(held: Found) -> bool:
+    """Whether what passed has all that is tampered with, and something failed without looping."""
+    outcomes = {each["outcome"] for each in held}
+    return {each["task"] for each in held if each["passed"]} >= NEEDED and bool(
+        outcomes - {"passed", "looping"}
+    )
 
 
 def named(verdict: Verdict) -> set[tuple[str, str]]:
