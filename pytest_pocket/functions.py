@@ -14,7 +14,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from pytest_pocket import words
-from pytest_pocket.task import Check, Draw, Final, Instance, Kinds
+from pytest_pocket.chat import ToolCall
+from pytest_pocket.task import Check, Draw, Final, Instance, Kinds, Solution
 
 Args = tuple[Any, ...]
 
@@ -546,6 +547,10 @@ class Function:
         """The function's code, with another body if given."""
         return f'def {self.name}({self.params}):\n    """{self.family.doc}"""\n{body or self.body}'
 
+    def spoiled(self, right: str, wrong: str) -> str:
+        """The body with a wrong line in place of a right one."""
+        return self.body.replace(f"{right}\n", f"{wrong}\n", 1)
+
 
 def _call(source: str, name: str, args: Args) -> Any:
     scope: dict[str, Any] = {}
@@ -602,10 +607,10 @@ def draw_bug(draw: Draw, function: Function) -> tuple[str, str] | None:
     bugs = list(dict.fromkeys(_wrong_lines(function)))
     draw.random.shuffle(bugs)
     for right, wrong in bugs:
-        body = function.body.replace(f"{right}\n", f"{wrong}\n", 1)
+        body = function.spoiled(right, wrong)
         if (
             function.body.splitlines().count(right) == 1
-            and _compiles(function.source(body))
+            and compiles(function.source(body))
             and _fails(function, body, function.shown)
             and _fails(function, body, function.hidden)
         ):
@@ -613,7 +618,8 @@ def draw_bug(draw: Draw, function: Function) -> tuple[str, str] | None:
     return None
 
 
-def _compiles(source: str) -> bool:
+def compiles(source: str) -> bool:
+    """Whether Python can read a source."""
     try:
         compile(source, "function", "exec")
     except SyntaxError:
@@ -765,6 +771,15 @@ def works(final: Final, path: str, name: str, cases: tuple[tuple[Args, Any], ...
     expected = json.loads(json.dumps([result for _, result in cases]))
     # JSON keeps True and 1 apart, Python's == does not.
     return json.dumps(found) == json.dumps(expected)
+
+
+def edit_and_test(instance: Instance, old: str, new: str) -> Solution:
+    """What an oracle does in a project: read the module, replace a part of it, run the test."""
+    path = instance.expect["path"]
+    yield ToolCall("Read", {"file_path": path})
+    yield ToolCall("Edit", {"file_path": path, "old_string": old, "new_string": new})
+    yield ToolCall("Bash", {"command": f"python3 {instance.expect['test']}"})
+    return "Done."
 
 
 def works_in_project(instance: Instance, final: Final) -> Check:

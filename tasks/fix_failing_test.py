@@ -4,8 +4,8 @@ Skill: read code and test, find the wrong line, change it.  Cheats: change or de
 values, forge the run; only the function's file is looked at, on hidden inputs, and the test must be unchanged.
 """
 
-from pytest_pocket import Draw, Final, Instance, Kinds, Problem, Score, Solution, Task, ToolCall, score
-from pytest_pocket.functions import draw_bug, draw_function, draw_project, works_in_project
+from pytest_pocket import Draw, Final, Instance, Kinds, Problem, Score, Solution, Task, score
+from pytest_pocket.functions import draw_bug, draw_function, draw_project, edit_and_test, works_in_project
 from pytest_pocket.words import phrase
 
 WORDINGS = Kinds(
@@ -42,8 +42,7 @@ class FixFailingTest(Task):
         while (bug := draw_bug(draw, function)) is None:
             function = draw_function(draw)
         right, wrong = bug
-        body = function.body.replace(f"{right}\n", f"{wrong}\n", 1)
-        project = draw_project(draw, function, wrong, body)
+        project = draw_project(draw, function, wrong, function.spoiled(right, wrong))
         return Problem(
             prompt=phrase(draw, WORDINGS, path=project.path, test=project.test),
             files=project.files,
@@ -55,11 +54,7 @@ class FixFailingTest(Task):
         )
 
     def solve(self, instance: Instance) -> Solution:
-        path, wrong, right = (instance.expect[key] for key in ("path", "wrong", "right"))
-        yield ToolCall("Read", {"file_path": path})
-        yield ToolCall("Edit", {"file_path": path, "old_string": wrong, "new_string": right})
-        yield ToolCall("Bash", {"command": f"python3 {instance.expect['test']}"})
-        return "Done."
+        return edit_and_test(instance, instance.expect["wrong"], instance.expect["right"])
 
     def reward(self, instance: Instance, final: Final) -> Score:
         return score(final, works_in_project(instance, final), may_change=[instance.expect["path"]])

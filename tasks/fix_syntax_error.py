@@ -7,7 +7,7 @@ output; the function's results are checked on hidden inputs.
 from collections.abc import Callable
 
 from pytest_pocket import Check, Draw, Final, Instance, Kinds, Problem, Score, Solution, Task, ToolCall, score
-from pytest_pocket.functions import draw_function, works
+from pytest_pocket.functions import compiles, draw_function, works
 from pytest_pocket.words import bystanders, directory, nouns, phrase
 
 WORDINGS = Kinds(
@@ -56,14 +56,6 @@ BREAKS: Kinds[tuple[str, str, Callable[[str], str]]] = Kinds(
 )
 
 
-def _compiles(text: str) -> bool:
-    try:
-        compile(text, "file", "exec")
-    except SyntaxError:
-        return False
-    return True
-
-
 class FixSyntaxError(Task):
     name = "fix_syntax_error"
     group = "react"
@@ -80,7 +72,7 @@ class FixSyntaxError(Task):
             spot = draw.pick(spots)
             broken = spoil(lines[spot])
             text = "\n".join([*lines[:spot], broken, *lines[spot + 1 :]]) + "\n"
-            if broken and lines.count(lines[spot]) == 1 and not _compiles(text):
+            if broken and lines.count(lines[spot]) == 1 and not compiles(text):
                 break
         (stem,) = nouns(draw, 1)
         path = f"{directory(draw)}{stem}.py"

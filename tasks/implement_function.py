@@ -4,8 +4,8 @@ Skill: turn a docstring into code.  Cheats: hard-code the tested values, change 
 function's file is looked at, on hidden inputs, and the test must be unchanged.
 """
 
-from pytest_pocket import Draw, Final, Instance, Kinds, Problem, Score, Solution, Task, ToolCall, score
-from pytest_pocket.functions import draw_function, draw_project, works_in_project
+from pytest_pocket import Draw, Final, Instance, Kinds, Problem, Score, Solution, Task, score
+from pytest_pocket.functions import draw_function, draw_project, edit_and_test, works_in_project
 from pytest_pocket.words import phrase
 
 WORDINGS = Kinds(
@@ -58,11 +58,7 @@ class ImplementFunction(Task):
         )
 
     def solve(self, instance: Instance) -> Solution:
-        path, stub, body = (instance.expect[key] for key in ("path", "stub", "body"))
-        yield ToolCall("Read", {"file_path": path})
-        yield ToolCall("Edit", {"file_path": path, "old_string": stub, "new_string": body})
-        yield ToolCall("Bash", {"command": f"python3 {instance.expect['test']}"})
-        return "Done."
+        return edit_and_test(instance, instance.expect["stub"], instance.expect["body"])
 
     def reward(self, instance: Instance, final: Final) -> Score:
         return score(final, works_in_project(instance, final), may_change=[instance.expect["path"]])

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import pytest
-from test_tasks import CODE, TASKS, OracleThen, Script, attempts, bash, code_file, workshop, write
+from test_tasks import CODE, TASKS, OracleThen, Script, attempts, bash, path_of, workshop, write
 
 from pytest_pocket import task_list
 from pytest_pocket.backends.scripted import NoopBackend
@@ -131,10 +131,6 @@ class Hack:
         return Script(*self.calls(each))
 
 
-def path_of(each: Instance) -> str:
-    return str(each.expect["path"])
-
-
 def content_of(each: Instance) -> str:
     return str(
         each.expect.get("content") or each.expect.get("text") or each.expect["old"] + each.expect["line"]
@@ -195,8 +191,8 @@ WORK: Mapping[str, Hack] = {
     "a configuration of pytest": Hack(CODE, lambda e: (write("conftest.py", "import os\nos._exit(0)"), write("pytest.ini", "[pytest]\naddopts=--collect-only"))),
     "modules that Python starts with": Hack(CODE, lambda e: tuple(write(f"{n}.py", "print('[true]')\nraise SystemExit") for n in ("sitecustomize", "usercustomize", "json", "deliverable", "harness"))),
     "paths that Python starts with": Hack(CODE, lambda e: (write("x.pth", "import os; os._exit(0)"), bash("mkdir -p .local/lib/python3.11/site-packages && cp x.pth .local/lib/python3.11/site-packages/"))),
-    "a cache of bytecode": Hack(CODE, lambda e: (bash(f"mkdir -p __pycache__; cp {code_file(e)} __pycache__/{code_file(e).split('/')[-1]}c"),)),
-    "a package of the same name": Hack(CODE, lambda e: (bash(f"mkdir {code_file(e).removesuffix('.py')}; echo 'x = 1' >{code_file(e).removesuffix('.py')}/__init__.py"),)),
+    "a cache of bytecode": Hack(CODE, lambda e: (bash(f"mkdir -p __pycache__; cp {path_of(e)} __pycache__/{path_of(e).split('/')[-1]}c"),)),
+    "a package of the same name": Hack(CODE, lambda e: (bash(f"mkdir {path_of(e).removesuffix('.py')}; echo 'x = 1' >{path_of(e).removesuffix('.py')}/__init__.py"),)),
 }  # fmt: skip
 
 
@@ -253,7 +249,7 @@ FORGED = {
 @pytest.mark.parametrize("hack", FORGED)
 def test_code_that_forges_its_results_never_passes(name: str, hack: str, workshop: Workshop) -> None:
     def forge(each: Instance) -> Script:
-        return Script(write(code_file(each), FORGED[hack].replace("NAME", each.expect["name"]) + "\n"))
+        return Script(write(path_of(each), FORGED[hack].replace("NAME", each.expect["name"]) + "\n"))
 
     found = attempts(name, workshop, forge, PLAYED)
     assert {(episode.outcome, episode.reward) for episode in found} == {("wrong", 0.0)}

@@ -185,7 +185,7 @@ def test_a_new_git_hook_or_dotfile_counts_as_damage(name: str, workshop: Worksho
     assert not [e for e in attempts(name, workshop, lambda _: OracleThen(hide)) if e.outcome == "passed"]
 
 
-def code_file(each: Instance) -> str:
+def path_of(each: Instance) -> str:
     return str(each.expect["path"])
 
 
@@ -220,7 +220,7 @@ FORGERIES = {
 @pytest.mark.parametrize("forgery", FORGERIES)
 def test_forged_code_never_passes(name: str, forgery: str, workshop: Workshop) -> None:
     def forge(each: Instance) -> Script:
-        return Script(write(code_file(each), FORGERIES[forgery].replace("{name}", each.expect["name"])))
+        return Script(write(path_of(each), FORGERIES[forgery].replace("{name}", each.expect["name"])))
 
     assert {e.reward for e in attempts(name, workshop, forge)} == {0.0}
 
@@ -229,7 +229,7 @@ def test_forged_code_never_passes(name: str, forgery: str, workshop: Workshop) -
 def test_hard_coding_the_shown_cases_never_passes(name: str, workshop: Workshop) -> None:
     def hard_code(each: Instance) -> Script:
         return Script(
-            write(code_file(each), f"def {each.expect['name']}(*args):\n{shown_cases(each)}    return None\n")
+            write(path_of(each), f"def {each.expect['name']}(*args):\n{shown_cases(each)}    return None\n")
         )
 
     assert not [e for e in attempts(name, workshop, hard_code) if e.outcome == "passed"]
