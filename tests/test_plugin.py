@@ -61,7 +61,7 @@ def test_a_test_id_reads_well_and_is_selected_by_keyword(project: Project) -> No
 def test_progress_is_told_while_one_slow_episode_holds_up_the_reports(
     project: Project, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pool, "PATIENCE", 0.2)
+    monkeypatch.setattr(pool, "PATIENCE", 0.4)
     result = project.run("--pocket-model=toy:late", "--runs=4", "--pocket-prompt=raw")
     waited = [line for line in result.outlines if "waiting for" in line]
     assert waited[-1] == "pocket: 3 of 4 played, waiting for greet[toy_late-raw-think_off-t0-r01]"
