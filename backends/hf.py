@@ -768,13 +768,18 @@ def pick_device(device: str | None) -> str:
         raise ModelError(f"unknown device {device!r}: use cpu, cuda, cuda:1 or mps") from None
 
 
-def load_tokenizer(path: str) -> Any:
-    """The tokenizer of a directory or hub name.  Raises ModelError."""
-    from transformers import AutoTokenizer
+def no_bars() -> None:
+    """Keep transformers' own progress bars out of the terminal."""
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
 
+
+def load_tokenizer(path: str) -> Any:
+    """The tokenizer of a directory or hub name.  Raises ModelError."""
+    from transformers import AutoTokenizer
+
+    no_bars()
     try:
         return AutoTokenizer.from_pretrained(
             path, local_files_only=Path(path).is_dir(), trust_remote_code=False
@@ -824,6 +829,7 @@ def load_model(path: str, adapter: str | None, device: str, dtype: str) -> Any:
     import torch
     from transformers import AutoModelForCausalLM
 
+    no_bars()
     directory = Path(path)
     local = directory.is_dir()
     if local and not any(directory.glob("*.safetensors")):

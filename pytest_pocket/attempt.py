@@ -75,20 +75,9 @@ class Attempt:
 
     def properties(self, backend: str) -> Properties:
         """One row of the report, and the JUnit properties of the test.  Tokens and seconds are of all candidates."""
-        cell, episode = self.cell, self.episode
-        condition = cell.condition
+        episode = self.episode
         return {
-            "model": cell.model,
-            "backend": backend,
-            "task": cell.task,
-            "group": task_list.find(cell.task).group,
-            "condition": condition.slug,
-            "prompt": condition.prompt,
-            "think": "on" if condition.think else "off",
-            "temperature": condition.temperature,
-            "best_of": condition.best_of,
-            "run": cell.run,
-            "sample": cell.sample,
+            **cell_properties(self.cell, backend),
             "seed": episode.instance.seed,
             "unseen": ",".join(episode.instance.unseen),
             "reward": episode.reward,
@@ -98,8 +87,26 @@ class Attempt:
             "prompt_tokens": sum(each.prompt_tokens for each in self.episodes),
             "completion_tokens": sum(each.completion_tokens for each in self.episodes),
             "seconds": round(sum(each.seconds for each in self.episodes), 3),
-            "suite": SUITE_VERSION,
         }
+
+
+def cell_properties(cell: Cell, backend: str) -> Properties:
+    """What a test says of its cell, played or not."""
+    condition = cell.condition
+    return {
+        "model": cell.model,
+        "backend": backend,
+        "task": cell.task,
+        "group": task_list.find(cell.task).group,
+        "condition": condition.slug,
+        "prompt": condition.prompt,
+        "think": "on" if condition.think else "off",
+        "temperature": condition.temperature,
+        "best_of": condition.best_of,
+        "run": cell.run,
+        "sample": cell.sample,
+        "suite": SUITE_VERSION,
+    }
 
 
 def attempt(

@@ -23,7 +23,7 @@ import pytest
 from pytest_pocket import hookspecs
 
 if TYPE_CHECKING:
-    from pytest_pocket.attempt import Attempt, Cell
+    from pytest_pocket.attempt import Attempt, Cell, Properties
     from pytest_pocket.conformance import Subject, Subjects
     from pytest_pocket.gate import Gates
     from pytest_pocket.registry import Registry
@@ -532,6 +532,9 @@ class Playing:
             width = self.config.get_terminal_writer().fullwidth
             plain = not (sys.stdout.encoding or "").lower().startswith("utf")
             reporter.write("\n" + render(self.tally.rows, width, ascii_only=plain))
+        if count := self.tally.unplayed:
+            tests = "1 test" if count == 1 else f"{count} tests"
+            reporter.write_line(f"pocket: {tests} failed before the episode ended: not in the table")
         for line in self.verdict:
             reporter.write_line(f"pocket: {line}")
         if directory := self.session.records_directory:
@@ -576,6 +579,7 @@ def pocket_cell() -> None:
 @pytest.fixture
 def _pocket_attempt(request: pytest.FixtureRequest, pocket_cell: Cell | None) -> Attempt:
     """The attempt at this test's cell.  An invalid one is an error of the test, not a failure."""
+    from pytest_pocket.attempt import cell_properties
     from pytest_pocket.chat import Cancelled
     from pytest_pocket.records import RecordsError
     from pytest_pocket.registry import ModelError
@@ -588,6 +592,9 @@ def _pocket_attempt(request: pytest.FixtureRequest, pocket_cell: Cell | None) ->
             pytest.fail(str(error), pytrace=False)
         pytest.skip(why)
     session = request.config.stash[SESSION]
+    backend = session.models[pocket_cell.model].backend
+    # A test that ends before its episode does, by a timeout of its own, still says whose it was.
+    _describe(request.node, cell_properties(pocket_cell, backend))
     reason, ends = "", True
     try:
         attempt = session.result(pocket_cell, functools.partial(_waiting, request))
@@ -599,12 +606,16 @@ def _pocket_attempt(request: pytest.FixtureRequest, pocket_cell: Cell | None) ->
         if ends:
             request.session.shouldstop = reason
         pytest.fail(reason, pytrace=False)
-    properties = attempt.properties(session.models[pocket_cell.model].backend)
-    kept = [pair for pair in request.node.user_properties if pair[0] not in properties]
-    request.node.user_properties[:] = [*kept, *properties.items()]
+    _describe(request.node, attempt.properties(backend))
     if attempt.episode.invalid:
         _fail(attempt)
     return attempt
+
+
+def _describe(item: pytest.Item, properties: Properties) -> None:
+    """Set properties of a test; a rerun has those of the run before."""
+    kept = [pair for pair in item.user_properties if pair[0] not in properties]
+    item.user_properties[:] = [*kept, *properties.items()]
 
 
 def _waiting(request: pytest.FixtureRequest, progress: str) -> None:

@@ -20,16 +20,25 @@ class Tally:
     prompts: tuple[str, ...]
     _rows: dict[str, Row] = field(default_factory=dict)
     hard_failure: bool = False
+    _unplayed: set[str] = field(default_factory=set)
 
     @property
     def rows(self) -> list[Row]:
         """One row a test: models and prompts in the order they were asked for, whatever ran first."""
         return sorted(self._rows.values(), key=self._place)
 
+    @property
+    def unplayed(self) -> int:
+        """How many tests failed before their episode had ended, and have no row: a timeout of theirs, a lost engine."""
+        return len(self._unplayed)
+
     def add(self, test: str, row: Row, failed: bool, phase: str) -> None:
         """Take in one report.  A rerun's row replaces the one before."""
         if "outcome" in row and "model" in row:
             self._rows[test] = row
+            self._unplayed.discard(test)
+        elif failed and "model" in row:
+            self._unplayed.add(test)
         if failed and not (test in self._rows and phase == "call"):
             self.hard_failure = True
 

@@ -439,6 +439,26 @@ def test_a_shuffled_order_and_a_timeout_change_no_number(project: Project) -> No
     assert table(plain) == table(shuffled)
 
 
+def test_a_test_that_ends_before_its_episode_is_said_to_be_in_no_table(project: Project) -> None:
+    pytest.importorskip("pytest_timeout")
+    result = project.start(
+        "--pocket-model=oracle,toy:sleeper",
+        "--pocket-prompt=raw",
+        "--timeout=1",
+        "--pocket-fail-under=0",
+        "--junitxml=out.xml",
+        plugins=["pytest_timeout"],
+    )
+    assert result.ret == pytest.ExitCode.TESTS_FAILED
+    result.stdout.fnmatch_lines(["pocket: 1 test failed before the episode ended: not in the table"])
+    said = {
+        each.get("value")
+        for each in ElementTree.parse(project.path / "out.xml").iter("property")
+        if each.get("name") in ("model", "outcome")
+    }
+    assert said == {"oracle", "passed", "toy:sleeper"}
+
+
 def test_an_interrupt_ends_at_once_and_leaves_no_process_behind(project: Project) -> None:
     command = [
         sys.executable,

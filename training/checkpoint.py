@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from pytest_pocket import records
+from pytest_pocket.backends.hf import no_bars
 from pytest_pocket.registry import (
     MANIFEST,
     Model,
@@ -134,6 +135,7 @@ def load(name: str, weights: Weights) -> tuple[Model, Any, Any]:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    no_bars()
     origin()
     found = Registry().resolve(name)
     if found.backend != "hf":
