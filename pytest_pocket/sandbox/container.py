@@ -82,9 +82,16 @@ def image() -> str:
     return os.environ.get("POCKET_SANDBOX_IMAGE") or DEFAULT_IMAGE
 
 
+INODE_BYTES = 1024
+"""About what a file without content takes of memory, with its name."""
+
+
 def start_command(engine: str, name: str, limits: Limits, profile: str) -> list[str]:
     """The command line that starts a container which waits for calls; ``profile`` is its seccomp profile's file."""
     size = f"{limits.workspace_bytes},mode=1777"
+    if engine == "docker":
+        # Files without content take memory as well, and stay.  Podman knows no such option.
+        size += f",nr_inodes={limits.memory_bytes // 4 // INODE_BYTES}"
     words = [engine, "run", "--detach", "--rm", "--name", name, "--network", "none", "--read-only"]
     words += ["--user", "0:0", "--cap-drop", "ALL", "--cap-add", "KILL"]
     words += ["--security-opt", "no-new-privileges", "--security-opt", f"seccomp={profile}"]
