@@ -24,7 +24,8 @@ prompts() { # raw, full and verbose prompts on every stage
         --pocket-prompt=raw,full,verbose
 }
 rlvr_seeds() { # RLVR with two more seeds
-    for seed in 14 24; do train rlvr --from sft-run6 --name rlvr-seed$seed --set rlvr.seed=$seed; done
+    for seed in 14 24; do train rlvr --threads 1 --from sft-run6 --name rlvr-seed$seed --set rlvr.seed=$seed & done
+    wait
     play rlvr-seeds --pocket-model=sft-run6,rlvr-v1,$made/rlvr-seed14,$made/rlvr-seed24 --pocket-prompt=verbose --runs=12
 }
 temperature() { # greedy against temperature
