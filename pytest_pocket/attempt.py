@@ -73,11 +73,10 @@ class Attempt:
         """The chosen episode: the one that counts."""
         return self.episodes[self.chosen]
 
-    def properties(self, backend: str) -> Properties:
-        """One row of the report, and the JUnit properties of the test.  Tokens and seconds are of all candidates."""
+    def properties(self) -> Properties:
+        """What a test says of its episode.  Tokens and seconds are of all candidates."""
         episode = self.episode
         return {
-            **cell_properties(self.cell, backend),
             "seed": episode.instance.seed,
             "unseen": ",".join(episode.instance.unseen),
             "reward": episode.reward,
@@ -91,7 +90,7 @@ class Attempt:
 
 
 def cell_properties(cell: Cell, backend: str) -> Properties:
-    """What a test says of its cell, played or not."""
+    """What a test says of its cell, played or not; with its attempt's, a row of the report and JUnit's properties."""
     condition = cell.condition
     return {
         "model": cell.model,

@@ -532,9 +532,9 @@ class Playing:
             width = self.config.get_terminal_writer().fullwidth
             plain = not (sys.stdout.encoding or "").lower().startswith("utf")
             reporter.write("\n" + render(self.tally.rows, width, ascii_only=plain))
-        if count := self.tally.unplayed:
-            tests = "1 test" if count == 1 else f"{count} tests"
-            reporter.write_line(f"pocket: {tests} failed before the episode ended: not in the table")
+        if tests := self.tally.unplayed:
+            what = f"{tests} test{'s' * (tests != 1)}"
+            reporter.write_line(f"pocket: {what} failed before the episode ended: not in the table")
         for line in self.verdict:
             reporter.write_line(f"pocket: {line}")
         if directory := self.session.records_directory:
@@ -592,9 +592,8 @@ def _pocket_attempt(request: pytest.FixtureRequest, pocket_cell: Cell | None) ->
             pytest.fail(str(error), pytrace=False)
         pytest.skip(why)
     session = request.config.stash[SESSION]
-    backend = session.models[pocket_cell.model].backend
     # A test that ends before its episode does, by a timeout of its own, still says whose it was.
-    _describe(request.node, cell_properties(pocket_cell, backend))
+    _describe(request.node, cell_properties(pocket_cell, session.models[pocket_cell.model].backend))
     reason, ends = "", True
     try:
         attempt = session.result(pocket_cell, functools.partial(_waiting, request))
@@ -606,7 +605,7 @@ def _pocket_attempt(request: pytest.FixtureRequest, pocket_cell: Cell | None) ->
         if ends:
             request.session.shouldstop = reason
         pytest.fail(reason, pytrace=False)
-    _describe(request.node, attempt.properties(backend))
+    _describe(request.node, attempt.properties())
     if attempt.episode.invalid:
         _fail(attempt)
     return attempt

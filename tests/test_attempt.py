@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 
 from pytest_pocket import task_list
-from pytest_pocket.attempt import Attempt, Cell, attempt, choose
+from pytest_pocket.attempt import Attempt, Cell, attempt, cell_properties, choose
 from pytest_pocket.backends.scripted import NoopBackend
 from pytest_pocket.chat import Cancelled, ChatReply, ChatRequest
 from pytest_pocket.conditions import Condition
@@ -104,7 +104,7 @@ def test_candidates_and_samples_draw_with_seeds_of_their_own(workshop: Workshop)
         for sample in range(2)
     ]
     assert len(set(backend.seeds)) == 6
-    properties = done[0].properties("toy")
+    properties = {**cell_properties(done[0].cell, "toy"), **done[0].properties()}
     assert (properties["prompt_tokens"], properties["completion_tokens"], properties["turns"]) == (9, 6, 1)
     assert all(type(value) in (str, int, float) for value in properties.values())
 

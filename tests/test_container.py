@@ -81,6 +81,13 @@ def test_the_image_comes_from_the_environment(monkeypatch: pytest.MonkeyPatch) -
     assert "mine:1" in start_command("docker", "x", Limits(), "p")
 
 
+def test_a_docker_workspace_holds_so_many_files_whatever_is_in_them() -> None:
+    limits = Limits(memory_bytes=64 * 2**20)
+    docker = [word for word in start_command("docker", "x", limits, "p") if word.endswith(",nr_inodes=16384")]
+    assert [word.split(":")[0] for word in docker] == ["/workspace", "/tmp"]
+    assert "nr_inodes" not in " ".join(start_command("podman", "x", limits, "p"))
+
+
 @given(st.dictionaries(NAMES, TEXT, max_size=8))
 def test_packed_files_are_unpacked_as_they_were(files: dict[str, str]) -> None:
     assert unpacked(packed(files), ROOM) == {
