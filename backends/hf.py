@@ -820,7 +820,8 @@ def _cannot_load(what: str, path: str, error: BaseException) -> str:
     if Path(path).is_dir():
         return f"cannot load {what}: {first_line(error)}; save or fetch it again"
     return (
-        f"cannot load {what}: no folder of that name is here, and as a name on the hub: {first_line(error)}"
+        f"cannot load {what}: no folder of that name is here, and as a name on the hub: "
+        f"{first_line(error).rstrip('.')}; give a folder, or look at the name and the network"
     )
 
 

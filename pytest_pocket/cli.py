@@ -22,6 +22,7 @@ from pytest_pocket import ollama_cli
 
 if TYPE_CHECKING:
     from pytest_pocket.chat import Message
+    from pytest_pocket.episode import Workshop
     from pytest_pocket.registry import Model
 
 STAGES = ("data", "pretrain", "sft", "dpo", "rlvr")
@@ -225,15 +226,13 @@ def rescore(
 ) -> None:
     """Replay the saved final states of a run through today's rewards, and say what changes."""
     from pytest_pocket import rescore as rescoring
-    from pytest_pocket import sandbox as sandboxes
-    from pytest_pocket.episode import Workshop
     from pytest_pocket.sandbox import SandboxError, SandboxUnavailable
 
     info, found = _run(run)
     if output:
         _refuse_existing(output)
     with _one_line(run, SandboxError, SandboxUnavailable, ValueError):
-        results = list(rescoring.rescore(found, Workshop(sandboxes.select(sandbox))))
+        results = list(rescoring.rescore(found, _workshop(sandbox)))
         if output:
             rescoring.write(output, run, info, results)
     typer.echo(json.dumps(rescoring.summary(results), indent=2) if as_json else rescoring.render(results))
@@ -247,9 +246,7 @@ def verify(
     sandbox: Annotated[str, typer.Option(help="Where calls are played again, as --pocket-sandbox.")] = "auto",
 ) -> None:
     """Say whether runs are complete and hold together, by playing what they recorded again; exit 1 if not."""
-    from pytest_pocket import sandbox as sandboxes
     from pytest_pocket import verify as verifying
-    from pytest_pocket.episode import Workshop
     from pytest_pocket.registry import ModelError, extra
     from pytest_pocket.sandbox import SandboxError, SandboxUnavailable
 
@@ -257,7 +254,7 @@ def verify(
     good = True
     for run in runs:
         with _one_line(run, SandboxError, SandboxUnavailable, ModelError), extra("verify"):
-            verdict = verifying.verify(run, Workshop(sandboxes.select(sandbox)))
+            verdict = verifying.verify(run, _workshop(sandbox))
         good = good and not verdict.failed(strict=strict)
         if as_json:
             said.append(verifying.summary(run, verdict, strict=strict))
@@ -358,6 +355,17 @@ def _one_line(run: Path, *errors: type[Exception]) -> Iterator[None]:
         _stop(error)
 
 
+def _workshop(sandbox: str) -> Workshop:
+    """Where episodes are played again.  Raises SandboxUnavailable, ValueError."""
+    from pytest_pocket import sandbox as sandboxes
+    from pytest_pocket.episode import Workshop
+
+    workshop = Workshop(sandboxes.select(sandbox))
+    if caveat := workshop.provider.caveat:
+        typer.echo(f"pocket: {caveat}", err=True)
+    return workshop
+
+
 def _refuse_existing(output: Path) -> None:
     if os.path.lexists(output):
         _stop(f"{output} exists: give another --output")
@@ -421,16 +429,17 @@ def train(context: typer.Context, stage: Annotated[str, typer.Argument(help="The
         return
     if stage not in STAGES:
         _stop(f"unknown training stage {stage!r}: choose from {', '.join(STAGES)}")
-    name = f"pytest_pocket.training.{stage}"
-    try:
-        module = importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        if error.name == name:
-            _stop(f"training stage {stage!r} is not part of this installation")
-        _stop(f"training stage {stage!r} needs {error.name}: pip install 'pytest-pocket[train]'")
-    from pytest_pocket.training import stage as stages
+    from pytest_pocket.registry import ModelError, extra
 
-    stages.run(module.main, context.args)
+    try:
+        # Some of it is imported only when there is something to do.
+        with extra("train"):
+            from pytest_pocket.training import stage as stages
+
+            module = importlib.import_module(f"pytest_pocket.training.{stage}")
+            stages.run(module.main, context.args)
+    except ModelError as error:
+        _stop(error)
 
 
 @app.command(

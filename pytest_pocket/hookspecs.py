@@ -13,6 +13,10 @@ if TYPE_CHECKING:
     from pytest_pocket.task import Task
 
 
+class HookError(ValueError):
+    """What came of one of these hooks cannot be used, said in one line."""
+
+
 @pytest.hookspec
 def pytest_pocket_tasks() -> Iterable[Task]:  # type: ignore[empty-body]
     """Tasks to add.  Each is collected where its class is defined: a conftest, a module, a package's file."""

@@ -94,9 +94,19 @@ def read(get: Callable[[str], str]) -> Options:
         raise OptionError("--pocket-resume needs --pocket-records DIR: the run to go on with")
     if options.fail_worse is not None and options.baseline is None:
         raise OptionError("--pocket-fail-worse needs --pocket-baseline RUN: the run to compare with")
-    if options.summary and not os.access(options.summary.absolute().parent, os.W_OK | os.X_OK):
-        raise OptionError(f"--pocket-summary {options.summary}: its folder is missing or not writable")
+    if options.summary:
+        _check_writable("summary", options.summary)
     return options
+
+
+def _check_writable(name: str, file: Path) -> None:
+    """Raise OptionError for a file that plainly cannot be written: the session's end would be late to say so."""
+    if file.is_dir():
+        raise OptionError(f"--pocket-{name} {file}: this is a folder; give a file")
+    there = file if file.exists() else file.absolute().parent
+    if not os.access(there, os.W_OK if there is file else os.W_OK | os.X_OK):
+        what = "it" if there is file else "its folder"
+        raise OptionError(f"--pocket-{name} {file}: {what} is missing or not writable; give another file")
 
 
 def _listed(value: str) -> list[str]:

@@ -13,10 +13,10 @@ import importlib.util
 import os
 import sys
 import types
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Container, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import pytest
 
@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from pytest_pocket.registry import Registry
     from pytest_pocket.session import Session
     from pytest_pocket.task import Task
+
+T = TypeVar("T")
 
 OPTIONS = {
     "model": ("NAME", "models to run, comma separated or repeated; --pocket-list shows them"),
@@ -96,16 +98,18 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_load_initial_conftests(
-    early_config: pytest.Config, parser: pytest.Parser
+    early_config: pytest.Config, parser: pytest.Parser, args: list[str]
 ) -> Generator[None, Any, Any]:
-    """Once every plugin and conftest has its options: ``--runs``, unless one of them is called so."""
+    """Once every plugin and conftest has its options: ``--runs`` where it is given, unless one of them is called so."""
     known = early_config.known_args_namespace
     if known.pocket_conformance:
         # What will be collected instead has conftests above it, and models may come from the one that is here.
         known.file_or_dir = [*known.file_or_dir, str(_conformance_file()), str(Path.cwd())]
     result = yield
     groups = [parser._anonymous, *parser._groups]
-    if not any("--runs" in option.names() for group in groups for option in group.options):
+    taken = any("--runs" in option.names() for group in groups for option in group.options)
+    # Not before it is asked for: a conftest that comes during collection may have an option of that name.
+    if not taken and any(arg.partition("=")[0] == "--runs" for arg in args):
         parser.getgroup("pocket").addoption(
             "--runs", dest="pocket_runs", metavar="N", default=None, help="the same as --pocket-runs"
         )
@@ -172,6 +176,17 @@ def pytest_unconfigure(config: pytest.Config) -> None:
         session.close()
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtestloop(session: pytest.Session) -> None:
+    """Without a model: where tasks are to name the models there are, these can be named."""
+    config = session.config
+    # An xdist worker has nobody to tell but by a test.
+    if SESSION in config.stash or hasattr(config, "workerinput") or config.option.collectonly:
+        return
+    if any(isinstance(item.parent, TaskFile) for item in getattr(session, "items", ())):
+        _no_model(config)
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """Without a model: one line that names those there are."""
     # Under xdist the tests were skipped elsewhere: their reports say why.
@@ -197,7 +212,7 @@ def pytest_collect_file(
             found.append(ConformanceFile.from_parent(parent, path=file_path, nodeid="conformance"))
         elif _is_shipped(file_path):
             found.append(_shipped_file(file_path, parent))
-        elif tasks := _hooked_tasks(parent.config).get(file_path.resolve()):
+        elif tasks := _collected_tasks(parent.config).get(file_path.resolve()):
             collector = TaskFile.from_parent(parent, path=file_path)
             collector.tasks = tasks
             found.append(collector)
@@ -345,10 +360,15 @@ def _conform(config: pytest.Config, session: Session) -> None:
     """Let this run ask engines, and collect nothing else."""
     from pytest_pocket.conformance import Subjects
     from pytest_pocket.options import OptionError
+    from pytest_pocket.registry import LOCAL
 
     with _usage_errors():
         if _distributed(config):
             raise OptionError("--pocket-conformance asks many requests at once by itself: run it without -n")
+        if scripted := [model.name for model in session.models.values() if model.backend in LOCAL]:
+            raise OptionError(
+                f"--pocket-conformance asks engines, and {scripted[0]!r} has none: leave it out"
+            )
     config.stash[SUBJECTS] = Subjects(session)
     config.args[:] = [str(_conformance_file())]
     config.pluginmanager.register(Conforming(config), "pocket-conforming")
@@ -418,6 +438,8 @@ class Playing:
         self.verdict: list[str] = []
         self.gates: Gates | None = None
         self.worker = hasattr(config, "workerinput")
+        self.deselected = False
+        self.prepared = False
 
     @property
     def controller(self) -> bool:
@@ -432,6 +454,7 @@ class Playing:
             f"pocket: {', '.join(self.session.models)} · {conditions} · "
             f"{asked.split} split, runs {asked.runs}, samples {asked.samples}, seed {asked.seed}"
             + (f", shard {asked.shard}" if asked.shard else "")
+            + (", no sandbox" if asked.sandbox == "none" else "")
         )
 
     @pytest.hookimpl(wrapper=True, tryfirst=True)
@@ -461,10 +484,15 @@ class Playing:
             items[:] = kept
             self.config.hook.pytest_deselected(items=others)
 
+    def pytest_deselected(self, items: Sequence[pytest.Item]) -> None:
+        """Note that there are tasks, and that they were not wanted."""
+        self.deselected = self.deselected or bool(_cells(items))
+
     def pytest_report_collectionfinish(self, items: list[pytest.Item]) -> str | None:
         """How much there is to play."""
         if not (cells := _cells(items)):
-            return "pocket: no task among these tests: --pyargs pytest_pocket.tasks has the suite's"
+            where = "" if self.deselected else ": --pyargs pytest_pocket.tasks has the suite's"
+            return f"pocket: no task among these tests{where}"
         episodes = sum(cell.condition.best_of for cell in cells)
         what = f"pocket: {episodes} episode{'s' * (episodes != 1)}"
         return (
@@ -475,13 +503,46 @@ class Playing:
     def pytest_sessionstart(self) -> None:
         """The controller opens before its workers start."""
         if self.controller:
-            with _usage_errors():
+            with self._opening():
                 self.session.open()
+
+    @contextmanager
+    def _opening(self) -> Iterator[None]:
+        """A session that is refused leaves no record."""
+        try:
+            with _usage_errors():
+                yield
+        except pytest.UsageError:
+            self.session.discard_empty_records()
+            raise
 
     @pytest.hookimpl(optionalhook=True)
     def pytest_configure_node(self, node: Any) -> None:
         """Tell an xdist worker where the engines and the records are."""
         node.workerinput["pocket"] = self.session.serve()
+
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_xdist_node_collection_finished(self, ids: Sequence[str]) -> None:
+        """The controller collects nothing: what can be seen before anything is played, it sees once a worker has."""
+        if not self.prepared:
+            self.prepared = True
+            with self._opening():
+                self._check_must_pass({_function(each) for each in ids})
+                self.session.prepare(self._cells_of(ids))
+
+    def _cells_of(self, ids: Sequence[str]) -> list[Cell]:
+        """The cells of those tests that are ours, by the tests' ids."""
+        wanted = {each.rpartition("::")[2] for each in ids}
+        cells = (cell for task in {_function(each) for each in ids} for cell in self.session.cells(task))
+        return [cell for cell in cells if f"{cell.task}[{cell.id}]" in wanted]
+
+    def _check_must_pass(self, known: Container[str] = ()) -> None:
+        """Raise TaskError for a task that must pass and is none."""
+        from pytest_pocket import task_list
+
+        for name in self.session.options.must_pass:
+            if name not in known:
+                task_list.find(name)
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtestloop(self, session: pytest.Session) -> Generator[None, Any, Any]:
@@ -492,12 +553,9 @@ class Playing:
             return (yield)
         if not (cells := _cells(session.items)):
             return (yield)
-        from pytest_pocket import task_list
-
         try:
-            with _usage_errors():
-                for name in self.session.options.must_pass:
-                    task_list.find(name)
+            with self._opening():
+                self._check_must_pass()
                 self.session.open(cells)
             self.session.start_pool(cells)
             return (yield)
@@ -532,12 +590,14 @@ class Playing:
             width = self.config.get_terminal_writer().fullwidth
             plain = not (sys.stdout.encoding or "").lower().startswith("utf")
             reporter.write("\n" + render(self.tally.rows, width, ascii_only=plain))
-        if tests := self.tally.unplayed:
+        if tests := self.tally.unplayed(self.session.failures):
             what = f"{tests} test{'s' * (tests != 1)}"
             reporter.write_line(f"pocket: {what} failed before the episode ended: not in the table")
         for line in self.verdict:
             reporter.write_line(f"pocket: {line}")
         if directory := self.session.records_directory:
+            if caveat := self.session.caveat:
+                reporter.write_line(f"pocket: {caveat}")
             reporter.write_line(f"pocket: records in {directory}")
 
     def _decide(self, session: pytest.Session) -> None:
@@ -585,11 +645,13 @@ def _pocket_attempt(request: pytest.FixtureRequest, pocket_cell: Cell | None) ->
     from pytest_pocket.registry import ModelError
 
     if pocket_cell is None:
+        wrong = ""
         try:
             why = _no_model(request.config)
         except pytest.UsageError as error:
-            request.session.shouldstop = str(error)
-            pytest.fail(str(error), pytrace=False)
+            wrong = request.session.shouldstop = str(error)
+        if wrong:
+            pytest.fail(wrong, pytrace=False)
         pytest.skip(why)
     session = request.config.stash[SESSION]
     # A test that ends before its episode does, by a timeout of its own, still says whose it was.
@@ -646,25 +708,25 @@ def _usage_errors() -> Iterator[None]:
 
     try:
         yield
-    except (OptionError, ModelError, TaskError, RecordsError, SandboxUnavailable) as error:
+    except (
+        hookspecs.HookError, OptionError, ModelError, TaskError, RecordsError, SandboxUnavailable,
+    ) as error:  # fmt: skip
         raise pytest.UsageError(str(error)) from None
 
 
 def _registry(config: pytest.Config) -> Registry:
     """The models and backends that this session knows.  Raises ModelError."""
-    from pytest_pocket.registry import Model, ModelError, Registry, from_pyproject
+    from pytest_pocket.registry import Model, Registry, from_pyproject
 
     models = from_pyproject(config.rootpath / "pyproject.toml")
-    for added in config.hook.pytest_pocket_models():
-        if wrong := [each for each in added if not isinstance(each, Model)]:
-            raise ModelError(
-                f"the hook pytest_pocket_models gave {wrong[0]!r}: give a list of registry.Model"
-            )
-        models.extend(added)
     backends = {}
-    for added in config.hook.pytest_pocket_backends():
+    for added in _answers(config, "pytest_pocket_backends"):
+        if not isinstance(added, Mapping) or not all(map(callable, added.values())):
+            raise hookspecs.HookError(
+                f"the hook pytest_pocket_backends gave {added!r}: give a dict of names and what builds an engine"
+            )
         backends.update(added)
-    return Registry(models, backends)
+    return Registry([*models, *_given(config, "pytest_pocket_models", Model)], backends)
 
 
 def _no_model(config: pytest.Config) -> str:
@@ -673,6 +735,11 @@ def _no_model(config: pytest.Config) -> str:
         with _usage_errors():
             config.stash[MODELS] = ", ".join(_registry(config).models)
     return f"{NO_MODEL} {config.stash[MODELS]}"
+
+
+def _function(nodeid: str) -> str:
+    """The test function of a test's id: of ours, the task."""
+    return nodeid.rpartition("::")[2].partition("[")[0]
 
 
 def _cells(items: Iterable[pytest.Item]) -> list[Cell]:
@@ -720,6 +787,38 @@ def _hooked_tasks(config: pytest.Config) -> dict[Path, list[Task]]:
     if asked != count:
         from pytest_pocket import task_list
 
-        tasks = task_list.by_file(task for added in config.hook.pytest_pocket_tasks() for task in added)
+        tasks = task_list.by_file(_given(config, "pytest_pocket_tasks", task_list.Task))
         config.stash[HOOKED] = count, tasks
     return tasks
+
+
+def _collected_tasks(config: pytest.Config) -> dict[Path, list[Task]]:
+    """The same for a collection, which goes on where it can: what is wrong with them is its error, in one line."""
+    try:
+        with _usage_errors():
+            return _hooked_tasks(config)
+    except pytest.UsageError as error:
+        raise pytest.Collector.CollectError(str(error)) from None
+
+
+def _given(config: pytest.Config, hook: str, kind: type[T]) -> list[T]:
+    """What plugins and conftests gave to a hook that asks for lists of a kind.  Raises HookError."""
+    found = []
+    for added in _answers(config, hook):
+        several = isinstance(added, Iterable) and not isinstance(added, str)
+        for each in added if several else [added]:
+            if not several or not isinstance(each, kind):
+                raise hookspecs.HookError(f"the hook {hook} gave {each!r}: give a list of {kind.__name__}s")
+            found.append(each)
+    return found
+
+
+def _answers(config: pytest.Config, hook: str) -> list[Any]:
+    """What each implementation of a hook gave, generators run to their end.  Raises HookError."""
+    try:
+        given = getattr(config.hook, hook)()
+        return [list(added) if isinstance(added, Iterator) else added for added in given]
+    except Exception as error:
+        from pytest_pocket.registry import told
+
+        raise hookspecs.HookError(f"the hook {hook} broke: {told(error)}") from error

@@ -27,7 +27,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -85,16 +85,29 @@ class Cell(Protocol):
 class Run:
     """A run directory to which episodes are appended, from any thread or process.
 
-    ``lock`` is the descriptor by which the session that owns it keeps other sessions out.
+    ``lock`` is the descriptor by which the session that owns it keeps other sessions out; ``made`` are the files
+    and folders that were made for it, inner ones first.
     """
 
     directory: Path
     lock: int | None = None
+    made: tuple[Path, ...] = ()
 
     def close(self) -> None:
         """Let another session have the directory.  The kernel does so too, however this process ends."""
         if self.lock is not None:
             os.close(self.lock)
+
+    def discard(self) -> bool:
+        """Close it, and take back what was made for it, if nothing was ever appended.  Says whether that was so."""
+        if not self.made or (self.directory / EPISODES).stat().st_size:
+            return False
+        for path in self.made:
+            # A folder may hold another's by now.
+            with contextlib.suppress(OSError):
+                path.rmdir() if path.is_dir() else path.unlink()
+        self.close()
+        return True
 
     def append(self, record: Mapping[str, Any]) -> None:
         """Add one line, whole or not at all.  Raises RecordsError."""
@@ -144,7 +157,8 @@ def start(directory: Path | None, info: Mapping[str, Any]) -> Run:
         now = datetime.now(UTC).strftime("%Y%m%dT%H%M%SZ")
         directory = RUNS / f"{now}-{secrets.token_hex(3)}"
     directory = Path(os.path.abspath(directory))
-    run = _own(directory)
+    missing = [folder for folder in (directory, *directory.parents) if not folder.exists()]
+    run = replace(_own(directory), made=(directory / EPISODES, directory / RUN, *missing))
     try:
         _check_unused(directory)
         (directory / EPISODES).touch()

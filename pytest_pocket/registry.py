@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 import tomllib
 import traceback
@@ -58,9 +59,13 @@ def fault(error: Exception) -> Exception:
     """What a backend's exception is told as: itself where it says what happened, else an EngineError with its place."""
     if isinstance(error, (EngineError, Cancelled, ModelError)):
         return error
+    return EngineError(f"the backend broke: {told(error)}")
+
+
+def told(error: Exception) -> str:
+    """An exception that nobody expected, on one line: its kind, what it says, and where it was raised."""
     place = traceback.extract_tb(error.__traceback__)[-1]
-    where = f"{Path(place.filename).name}:{place.lineno}"
-    return EngineError(f"the backend broke: {type(error).__name__}: {first_line(error)} ({where})")
+    return f"{type(error).__name__}: {first_line(error)} ({Path(place.filename).name}:{place.lineno})"
 
 
 @dataclass(frozen=True)
@@ -141,9 +146,11 @@ def read_manifest(directory: Path) -> Model:
     actual = {
         "suite": SUITE_VERSION,
         "tools": tools_hash(),
-        "template": file_hash(template) if template.is_file() else "no chat_template.jinja",
+        "template": file_hash(template) if template.is_file() else "",
         "parser": parser_hash() if "parser_sha256" in manifest else "unpinned",
     }
+    if not template.is_file():
+        raise ModelError(f"checkpoint {name!r} in {directory} has no {template.name}: fetch it again")
     if different := [
         f"{key} {pinned[key][:12]} (here {actual[key][:12]})" for key in pinned if pinned[key] != actual[key]
     ]:
@@ -249,7 +256,10 @@ def from_checkpoints(directory: Path) -> list[Model]:
 
 
 def from_pyproject(path: Path) -> list[Model]:
-    """The models of ``[tool.pocket.models.NAME]``: keys ``backend`` and ``target``, then as in :class:`Model`."""
+    """The models of ``[tool.pocket.models.NAME]``: keys ``backend`` and ``target``, then as in :class:`Model`.
+
+    A target or adapter that names a folder beside the file is that folder, wherever a session starts.
+    """
     if not path.is_file():
         return []
     try:
@@ -269,7 +279,7 @@ def from_pyproject(path: Path) -> list[Model]:
                 f"[tool.pocket.models.{name}] in {path}: give each key a string, options a table"
             )
         try:
-            models.append(Model(name=name, **table))
+            models.append(Model(name=name, **{**table, **_beside(path.parent, table)}))
         except TypeError:
             keys = [each.name for each in fields(Model) if each.name != "name"]
             unknown = [key for key in table if key not in keys]
@@ -278,6 +288,13 @@ def from_pyproject(path: Path) -> list[Model]:
             )
             raise ModelError(f"[tool.pocket.models.{name}] in {path}: {problem}") from None
     return models
+
+
+def _beside(folder: Path, table: Mapping[str, Any]) -> dict[str, str]:
+    """Those of a model's directories that are given from a folder, from here."""
+    keys = ("target", "adapter") if table.get("backend") in ("hf", "vllm") else ()
+    given = {key: table[key] for key in keys if table.get(key)}
+    return {key: os.path.relpath(folder / name) for key, name in given.items() if (folder / name).is_dir()}
 
 
 LOCAL = ("oracle", "noop")
@@ -291,7 +308,9 @@ SCRIPTED = (
 def _hf(model: Model) -> Backend:
     from pytest_pocket.backends.hf import HFBackend
 
-    return HFBackend(model.target, adapter=model.adapter or None, **model.options)
+    # It imports torch and friends as it loads.
+    with extra("hf"):
+        return HFBackend(model.target, adapter=model.adapter or None, **model.options)
 
 
 def _openai(model: Model) -> Backend:
@@ -425,4 +444,6 @@ class Registry:
             raise ModelError(
                 f"model {model.name!r} wants the backend {model.backend!r}: choose from {', '.join(self.backends)}"
             )
+        if not model.target and model.backend in ("hf", "vllm", "ollama", "openai"):
+            raise ModelError(f"model {model.name!r} has no target: say what {model.backend} is to load")
         return model

@@ -68,6 +68,11 @@ class Session:
         ]
 
     @property
+    def caveat(self) -> str:
+        """What must be told of the sandbox; nothing before the session has opened."""
+        return self._workshop.provider.caveat if self._workshop else ""
+
+    @property
     def records_directory(self) -> Path | None:
         """Where the records are; None before the session has opened."""
         return self._run.directory if self._run else None
@@ -76,7 +81,7 @@ class Session:
         """Find a sandbox that works, load the engines that the cells need, and begin the records.
 
         A model whose engine cannot be had is left to ``failures``, where another one can be.  Raises
-        SandboxUnavailable, ModelError, OptionError or RecordsError, and then leaves no record.
+        SandboxUnavailable, ModelError, OptionError or RecordsError.
         """
         cells = tuple(cells)
         workshop = self.furnish(self.options.sandbox)
@@ -98,10 +103,10 @@ class Session:
         )
         if self.options.resume and self.options.records:
             self._resume(self.options.records, info)
-            self._prepare(self.missing(cells))
+            self.prepare(cells)
         else:
             records.check(self.options.records)
-            self._prepare(cells)
+            self.prepare(cells)
             self._run = records.start(self.options.records, info)
 
     def furnish(self, name: str) -> Workshop:
@@ -236,12 +241,7 @@ class Session:
 
     def discard_empty_records(self) -> None:
         """Take back the records of a session whose engine could not be loaded before anything was played."""
-        if self._run and not (self._run.directory / records.EPISODES).stat().st_size:
-            for name in (records.EPISODES, records.RUN):
-                (self._run.directory / name).unlink()
-            with contextlib.suppress(OSError):
-                self._run.directory.rmdir()
-            self._run.close()
+        if self._run and self._run.discard():
             self._run = None
 
     def close(self) -> None:
@@ -261,11 +261,12 @@ class Session:
             raise RuntimeError("the session has not been opened")
         return self._workshop, self._run
 
-    def _prepare(self, cells: Iterable[Cell]) -> None:
+    def prepare(self, cells: Iterable[Cell]) -> None:
+        """Load the engines that those cells need which no resumed run holds.  Raises ModelError."""
         wanted: dict[str, bool] = {}
         hot: dict[str, bool] = {}
         cold: dict[str, bool] = {}
-        for cell in cells:
+        for cell in self.missing(cells):
             wanted[cell.model] = wanted.get(cell.model, False) or cell.condition.think
             hot[cell.model] = hot.get(cell.model, False) or cell.condition.temperature > 0
             cold[cell.model] = cold.get(cell.model, False) or cell.condition.temperature == 0

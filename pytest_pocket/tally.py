@@ -6,7 +6,7 @@ a serial session and one with workers show the same.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass, field
 
 Row = Mapping[str, str | int | float]
@@ -20,25 +20,27 @@ class Tally:
     prompts: tuple[str, ...]
     _rows: dict[str, Row] = field(default_factory=dict)
     hard_failure: bool = False
-    _unplayed: set[str] = field(default_factory=set)
+    _unplayed: dict[str, str] = field(default_factory=dict)
 
     @property
     def rows(self) -> list[Row]:
         """One row a test: models and prompts in the order they were asked for, whatever ran first."""
         return sorted(self._rows.values(), key=self._place)
 
-    @property
-    def unplayed(self) -> int:
-        """How many tests failed before their episode had ended, and have no row: a timeout of theirs, a lost engine."""
-        return len(self._unplayed)
+    def unplayed(self, lost: Container[str]) -> int:
+        """How many tests failed before their episode had ended, and have no row: a timeout of theirs, a broken task.
+
+        Those of a lost model are left out: a line of its own says what became of them all.
+        """
+        return sum(model not in lost for model in self._unplayed.values())
 
     def add(self, test: str, row: Row, failed: bool, phase: str) -> None:
         """Take in one report.  A rerun's row replaces the one before."""
         if "outcome" in row and "model" in row:
             self._rows[test] = row
-            self._unplayed.discard(test)
+            self._unplayed.pop(test, None)
         elif failed and "model" in row:
-            self._unplayed.add(test)
+            self._unplayed[test] = str(row["model"])
         if failed and not (test in self._rows and phase == "call"):
             self.hard_failure = True
 

@@ -47,8 +47,14 @@ def shipped() -> dict[str, Task]:
 
 
 def add(tasks: Iterable[Task]) -> None:
-    """Add a session's own tasks.  Raises TaskError when a name is taken by a shipped task."""
+    """Add a session's own tasks.  Raises TaskError for what cannot be a test, or has the name of a shipped task."""
     for task in tasks:
+        for key in ("name", "group"):
+            value = getattr(task, key, None)
+            if not isinstance(value, str) or not value.isidentifier():
+                raise TaskError(
+                    f"task {type(task).__name__} has the {key} {value!r}: give one of letters, digits and '_'"
+                )
         if task.name in shipped():
             raise TaskError(f"task {task.name!r} has the name of a shipped task: choose another")
         _added[task.name] = task
@@ -72,11 +78,11 @@ def by_file(tasks: Iterable[Task]) -> dict[Path, list[Task]]:
     files: dict[Path, list[Task]] = {}
     names: set[str] = set()
     for task in tasks:
+        add([task])
         if task.name in names:
             raise TaskError(f"task {task.name!r} is added twice: choose another name")
         names.add(task.name)
         files.setdefault(_source(type(task)), []).append(task)
-    add(task for found in files.values() for task in found)
     return files
 
 

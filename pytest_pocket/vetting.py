@@ -65,7 +65,7 @@ def _vet_config(path: Path, tensors: int | None) -> None:
     try:
         config = json.loads(path.read_text())
     except (OSError, ValueError, RecursionError) as error:
-        raise Refused(f"{path} is broken: {type(error).__name__}") from None
+        raise Refused(f"{path} is broken: {type(error).__name__}; save or fetch it again") from None
     for name, value in _numbers(config):
         if tensors is not None and name in LAYERS and value > max(tensors, EXPERTS * ("experts" in name)):
             raise Refused(f"{path} says {name} {value}, and its weights hold {tensors} tensors")

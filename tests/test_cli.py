@@ -236,6 +236,20 @@ def test_train_passes_its_arguments_on(monkeypatch: pytest.MonkeyPatch) -> None:
     assert seen == [["--recipe", "smoke", "--help"]]
 
 
+@pytest.mark.parametrize("command", [("data",), ("train", "data"), ("train", "sft")])
+def test_training_without_its_packages_names_the_extra(
+    monkeypatch: pytest.MonkeyPatch, command: tuple[str, ...]
+) -> None:
+    monkeypatch.setitem(sys.modules, "safetensors", None)
+    for name in ("stage", "checkpoint", "sft", "data"):
+        monkeypatch.delitem(sys.modules, f"pytest_pocket.training.{name}", raising=False)
+    status, text = pocket(*command, "--recipe", "smoke")
+    assert (status, text) == (
+        2,
+        "pocket: the package 'safetensors' is missing: pip install 'pytest-pocket[train]'\n",
+    )
+
+
 def test_python_m_runs_the_same_command() -> None:
     done = subprocess.run(
         [sys.executable, "-m", "pytest_pocket", "train", "fly"], capture_output=True, text=True

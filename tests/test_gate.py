@@ -13,8 +13,6 @@ from typer.testing import CliRunner
 
 from pytest_pocket.cli import app
 
-pytestmark = pytest.mark.filterwarnings("ignore:--pocket-sandbox=none")
-
 CHAMPION = """
 from pytest_pocket.registry import Model
 def pytest_pocket_models():

@@ -137,7 +137,7 @@ LOADED = {
     huge_tokenizer: r"tokenizer\.json has 68719476736 bytes",
     huge_configuration: r"config\.json has 68719476736 bytes",
     huge_template: r"chat_template\.jinja has 2097152 bytes",
-    nested_configuration: r"config\.json is broken",
+    nested_configuration: r"config\.json is broken: \w+; save or fetch it again",
     nested_tokenizer: "cannot load the tokenizer",
     endless_layers: "num_hidden_layers 100000000, and its weights hold 35 tensors",
     endless_layers_of_a_part: "num_hidden_layers 100000000",

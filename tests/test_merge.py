@@ -18,8 +18,6 @@ from typer.testing import CliRunner
 from pytest_pocket import merge, records, report, schemas
 from pytest_pocket.cli import app
 
-pytestmark = pytest.mark.filterwarnings("ignore:--pocket-sandbox=none")
-
 
 def pocket(*arguments: object) -> tuple[int, str]:
     result = CliRunner().invoke(app, list(map(str, arguments)))

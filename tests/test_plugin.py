@@ -14,8 +14,6 @@ from toy_project import Project, processes, table, wait_for
 
 from pytest_pocket import pool
 
-pytestmark = pytest.mark.filterwarnings("ignore:--pocket-sandbox=none")
-
 TASKS = ("--pyargs", "pytest_pocket.tasks")
 
 
@@ -315,18 +313,76 @@ def test_a_broken_manifest_is_a_usage_error(project: Project) -> None:
 def test_a_broken_table_of_models_is_one_line_for_a_session_without_a_model_too(project: Project) -> None:
     (project.path / "pyproject.toml").write_text("[tool.pocket.models.mine]\nbackends = 'hf'\n")
     result = project.run()
-    assert result.ret not in (pytest.ExitCode.OK, pytest.ExitCode.INTERNAL_ERROR)
-    result.stdout.fnmatch_lines(["[[]tool.pocket.models.mine] in *: unknown key 'backends': choose from *"])
-    result.stdout.no_fnmatch_line("*Traceback*")
-    result.stdout.no_fnmatch_line("*plugin.py*")
-
-
-def test_a_hook_that_gives_no_model_is_a_usage_error(project: Project) -> None:
-    text = (project.path / "conftest.py").read_text()
-    project.pytester.makeconftest(text + "\n\ndef pytest_pocket_models():\n    return ['mine']\n")
-    result = project.run("--pocket-model=oracle")
     assert result.ret == pytest.ExitCode.USAGE_ERROR
-    result.stderr.fnmatch_lines(["ERROR: the hook pytest_pocket_models gave 'mine': give a list of *Model"])
+    line = "ERROR: [[]tool.pocket.models.mine] in *: unknown key 'backends': choose from *"
+    result.stderr.fnmatch_lines([line], consecutive=True)
+    result.stdout.no_fnmatch_line("*tool.pocket.models*")
+
+
+def test_a_hook_that_breaks_is_one_line_for_a_session_without_a_model_too(project: Project) -> None:
+    project.pytester.makeconftest("def pytest_pocket_tasks():\n    return 3 / 0\n")
+    result = project.run()
+    assert result.ret == pytest.ExitCode.INTERRUPTED
+    line = "the hook pytest_pocket_tasks broke: ZeroDivisionError: division by zero (conftest.py:2)"
+    result.stdout.fnmatch_lines(["*ERROR collecting*", line, "*short test summary*"], consecutive=True)
+
+
+@pytest.mark.parametrize(
+    ("hook", "given", "line"),
+    [
+        ("models", "['mine']", "the hook pytest_pocket_models gave 'mine': give a list of Models"),
+        (
+            "models",
+            "Model('a', 'toy')",
+            "the hook pytest_pocket_models gave Model(name='a'*: give a list of Models",
+        ),
+        ("models", "'mine'", "the hook pytest_pocket_models gave 'mine': give a list of Models"),
+        ("models", "3 / 0", "the hook pytest_pocket_models broke: ZeroDivisionError: * (conftest.py:*)"),
+        (
+            "backends",
+            "[Scripted]",
+            "the hook pytest_pocket_backends gave [[]<class *: give a dict of names and *",
+        ),
+        (
+            "backends",
+            "{'toy': 3}",
+            "the hook pytest_pocket_backends gave {'toy': 3}: give a dict of names and *",
+        ),
+        ("tasks", "Greet()", "the hook pytest_pocket_tasks gave <*Greet object at *: give a list of Tasks"),
+        ("tasks", "[Greet]", "the hook pytest_pocket_tasks gave <class *: give a list of Tasks"),
+        ("tasks", "(3 / 0 for _ in [1])", "the hook pytest_pocket_tasks broke: ZeroDivisionError: *"),
+        ("tasks", "[type('Bare', (Task,), {})()]", "task Bare has the name None: give one of letters, *"),
+        (
+            "tasks",
+            "[type('A', (Greet,), {'name': 'say hi'})()]",
+            "task A has the name 'say hi': give one of *",
+        ),
+        ("tasks", "[type('A', (Greet,), {'group': 'a b'})()]", "task A has the group 'a b': give one of *"),
+    ],
+)
+@pytest.mark.parametrize("model", ["--pocket-model=oracle", "--pocket-list"])
+def test_a_slip_in_a_hook_is_a_usage_error(
+    project: Project, model: str, hook: str, given: str, line: str
+) -> None:
+    text = (project.path / "conftest.py").read_text()
+    project.pytester.makeconftest(f"{text}\n\ndef pytest_pocket_{hook}():\n    return {given}\n")
+    result = project.run(model)
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    result.stderr.fnmatch_lines([f"ERROR: {line}"])
+
+
+def test_warnings_as_errors_do_not_break_a_session_without_a_sandbox(project: Project) -> None:
+    result = project.start("--pocket-model=oracle", "-W", "error")
+    assert result.ret == 0
+    result.stdout.fnmatch_lines(
+        ["pocket: *, no sandbox", "pocket: --pocket-sandbox=none: *without any isolation"]
+    )
+
+
+def test_what_k_deselects_is_not_said_to_be_elsewhere(project: Project) -> None:
+    result = project.run("--pocket-model=oracle", "-k", "nothing")
+    assert result.ret == pytest.ExitCode.NO_TESTS_COLLECTED
+    assert "pocket: no task among these tests" in result.outlines
 
 
 def test_options_from_the_environment_are_recorded_with_the_command(
@@ -401,6 +457,14 @@ def test_runs_is_left_to_a_conftest_that_has_it(project: Project) -> None:
     project.pytester.makeconftest((project.path / "conftest.py").read_text() + own)
     result = project.run("--runs=7", "--pocket-runs=2", "--pocket-model=oracle", "--pocket-prompt=raw")
     result.assert_outcomes(passed=2)
+
+
+def test_a_conftest_that_comes_later_may_have_runs_where_nobody_asked_for_ours(project: Project) -> None:
+    (project.path / "sub").mkdir()
+    late = "def pytest_addoption(parser):\n    parser.addoption('--runs')\n"
+    (project.path / "sub" / "conftest.py").write_text(late)
+    (project.path / "sub" / "test_other.py").write_text("def test_other(): pass\n")
+    project.run().assert_outcomes(passed=1, skipped=1)
 
 
 def test_samples_and_best_of_play_what_they_say(project: Project) -> None:

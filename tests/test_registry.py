@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -149,6 +150,34 @@ def test_models_of_pyproject(tmp_path: Path) -> None:
     assert registry.from_pyproject(path) == []
     path.write_text('[tool.pocket.models.mine]\nbackend = "hf"\ntarget = "dir"\nparent = "base"\n')
     assert registry.from_pyproject(path) == [Model("mine", "hf", "dir", parent="base")]
+
+
+def test_a_folder_that_pyproject_names_is_beside_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "pyproject.toml"
+    path.write_text('[tool.pocket.models.mine]\nbackend = "hf"\ntarget = "dir"\nadapter = "owner/name"\n')
+    (tmp_path / "dir").mkdir()
+    (tmp_path / "sub").mkdir()
+    monkeypatch.chdir(tmp_path / "sub")
+    assert registry.from_pyproject(path) == [Model("mine", "hf", "../dir", "owner/name")]
+
+
+def test_a_model_without_a_target_is_one_clear_line() -> None:
+    with pytest.raises(ModelError, match="model 'mine' has no target: say what hf is to load"):
+        Registry([Model("mine", "hf")]).resolve("mine")
+
+
+def test_a_checkpoint_without_its_template_is_one_clear_line(tmp_path: Path) -> None:
+    directory = checkpoint(tmp_path / "mine")
+    (directory / "chat_template.jinja").unlink()
+    with pytest.raises(ModelError, match=r"'mine' in .* has no chat_template\.jinja: fetch it again"):
+        registry.read_manifest(directory)
+
+
+def test_without_torch_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torch", None)
+    known = Registry()
+    with pytest.raises(ModelError, match=r"'torch' is missing: pip install 'pytest-pocket\[hf\]'"):
+        known.build(known.resolve("sft-run6"))
 
 
 @pytest.mark.parametrize(

@@ -15,8 +15,6 @@ from toy_project import Project, table, wait_for
 
 from pytest_pocket import records
 
-pytestmark = pytest.mark.filterwarnings("ignore:--pocket-sandbox=none")
-
 RESUME = ("--pocket-model=half-right,oracle", "--pocket-resume")
 
 

@@ -21,8 +21,6 @@ from pytest_pocket.conditions import SYSTEM_PROMPTS
 from pytest_pocket.episode import Ending
 from pytest_pocket.options import Options
 
-pytestmark = pytest.mark.filterwarnings("ignore:--pocket-sandbox=none")
-
 RUN, EPISODE = (Draft202012Validator(schemas.load(name)) for name in schemas.NAMES)
 ROOT = Path(__file__).parents[1]
 COMMITTED = sorted(path.parent for path in (ROOT / "reports").glob("*/run.json"))

@@ -12,8 +12,6 @@ from toy_project import Project
 from pytest_pocket import task_list
 from pytest_pocket.shard import Shard, parse
 
-pytestmark = pytest.mark.filterwarnings("ignore:--pocket-sandbox=none")
-
 
 @given(st.text(min_size=1), st.integers(1, 10_000), st.integers(1, 50))
 def test_every_instance_is_in_exactly_one_shard(task: str, run: int, count: int) -> None:

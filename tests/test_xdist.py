@@ -50,8 +50,41 @@ def test_an_engine_is_loaded_once_and_by_the_controller(project: Project) -> Non
 def test_an_engine_that_cannot_be_loaded_is_a_usage_error_there_too(project: Project) -> None:
     result = project.start("--pocket-model=toy:unloadable", "--runs=8", "-n", "2", plugins=XDIST)
     assert result.ret == pytest.ExitCode.USAGE_ERROR
-    assert result.outlines[-1] == "pocket: the weights of 'unloadable' are missing: fetch them"
+    assert result.errlines == ["ERROR: the weights of 'unloadable' are missing: fetch them", ""]
+    assert "are missing: fetch them" not in result.stdout.str()
     assert not (project.path / "records").exists()
+
+
+@pytest.mark.parametrize(
+    ("option", "line"),
+    [
+        ("--pocket-must-pass=greet,nosuch", "unknown task 'nosuch': choose from *"),
+        (
+            "--pocket-think=on",
+            "--pocket-think on: model 'toy:even' has no switch for thinking in its chat template*",
+        ),
+    ],
+)
+def test_what_cannot_be_played_is_refused_before_anything_is(
+    project: Project, option: str, line: str
+) -> None:
+    text = (project.path / "conftest.py").read_text()
+    project.pytester.makeconftest(
+        text.replace("class Scripted:", "class Scripted:\n    supports_think = False\n", 1)
+    )
+    result = project.start(
+        "--pocket-model=toy:even", option, "-n", "2", "--pocket-records=a/b", plugins=XDIST
+    )
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    result.stderr.fnmatch_lines([f"ERROR: {line}"])
+    assert not (project.path / "a").exists()
+
+
+def test_a_task_of_a_folder_that_only_workers_read_may_have_to_pass(project: Project) -> None:
+    (project.path / "sub").mkdir()
+    (project.path / "conftest.py").rename(project.path / "sub" / "conftest.py")
+    result = project.start("--pocket-model=oracle", "--pocket-must-pass=greet", "-n", "2", plugins=XDIST)
+    assert result.ret == 0
 
 
 @pytest.mark.parametrize("workers", [(), ("-n", "2")], ids=["serial", "xdist"])

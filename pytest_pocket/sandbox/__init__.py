@@ -75,9 +75,10 @@ class Sandbox(Protocol):
 
 
 class SandboxProvider(Protocol):
-    """Makes sandboxes.  ``name`` is what ``--pocket-sandbox`` selects."""
+    """Makes sandboxes.  ``name`` is what ``--pocket-sandbox`` selects, ``caveat`` what a user must be told of it."""
 
     name: str
+    caveat: str
 
     def probe(self) -> None:
         """Raise SandboxUnavailable, with what to do, if sandboxes cannot be had on this machine."""

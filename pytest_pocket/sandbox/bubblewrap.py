@@ -419,6 +419,7 @@ class BubblewrapProvider:
     """Sandboxes made with bubblewrap, on Linux, without privileges."""
 
     name = "bwrap"
+    caveat = ""
 
     def probe(self) -> None:
         """Open a sandbox and look for what the tasks use.  Raises SandboxUnavailable."""

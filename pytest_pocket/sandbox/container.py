@@ -344,6 +344,8 @@ def _one_line(error: Exception) -> str:
 class ContainerProvider:
     """Sandboxes made with the command line of ``docker`` or ``podman``."""
 
+    caveat = ""
+
     def __init__(self, name: str) -> None:
         self.name = name
 

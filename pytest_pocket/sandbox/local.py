@@ -15,7 +15,6 @@ import sys
 import tempfile
 import threading
 import time
-import warnings
 from collections.abc import Mapping
 from typing import IO
 
@@ -34,7 +33,6 @@ TOO_MUCH_OUTPUT = 137
 LOOK_SECONDS = 0.02
 GONE = (ProcessLookupError, PermissionError) if sys.platform == "darwin" else (ProcessLookupError,)
 """What a process group without living members is said to be: macOS may not signal zombies."""
-WARNING = "--pocket-sandbox=none: models run commands with all your rights, without any isolation"
 
 
 class LocalSandbox:
@@ -142,12 +140,12 @@ class LocalProvider:
     """Workspaces without isolation."""
 
     name = "none"
+    caveat = "--pocket-sandbox=none: models run commands with all your rights, without any isolation"
 
     def probe(self) -> None:
-        """Warn.  Raises SandboxUnavailable without bash."""
+        """Raises SandboxUnavailable without bash."""
         if shutil.which("bash") is None:
             raise SandboxUnavailable("bash is not installed, and the tools need it")
-        warnings.warn(WARNING, stacklevel=3)
 
     def open(self, files: Mapping[str, str], limits: Limits = Limits()) -> LocalSandbox:
         """A fresh temporary directory."""
