@@ -719,7 +719,7 @@ def _registry(config: pytest.Config) -> Registry:
     from pytest_pocket.registry import Model, Registry, from_pyproject
 
     models = from_pyproject(config.rootpath / "pyproject.toml")
-    backends = {}
+    backends: dict[str, Any] = {}
     for added in _answers(config, "pytest_pocket_backends"):
         if not isinstance(added, Mapping) or not all(map(callable, added.values())):
             raise hookspecs.HookError(
@@ -781,19 +781,20 @@ def _is_shipped(path: Path) -> bool:
 def _hooked_tasks(config: pytest.Config) -> dict[Path, list[Task]]:
     """The tasks of plugins and conftests, by the file that defines them.  Asked again when a conftest has come."""
     count = len(config.hook.pytest_pocket_tasks.get_hookimpls())
-    if not count:
-        return {}
     asked, tasks = config.stash.get(HOOKED, (0, {}))
     if asked != count:
         from pytest_pocket import task_list
+        from pytest_pocket.task import Task
 
-        tasks = task_list.by_file(_given(config, "pytest_pocket_tasks", task_list.Task))
+        tasks = task_list.by_file(_given(config, "pytest_pocket_tasks", Task))
         config.stash[HOOKED] = count, tasks
     return tasks
 
 
 def _collected_tasks(config: pytest.Config) -> dict[Path, list[Task]]:
     """The same for a collection, which goes on where it can: what is wrong with them is its error, in one line."""
+    if not config.hook.pytest_pocket_tasks.get_hookimpls():
+        return {}
     try:
         with _usage_errors():
             return _hooked_tasks(config)
