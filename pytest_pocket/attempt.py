@@ -74,7 +74,7 @@ class Attempt:
         return self.episodes[self.chosen]
 
     def properties(self) -> Properties:
-        """What a test says of its episode.  Tokens and seconds are of all candidates."""
+        """What a test says of its episode.  Tokens, seconds and how many passed are of all candidates."""
         episode = self.episode
         return {
             "seed": episode.instance.seed,
@@ -83,6 +83,7 @@ class Attempt:
             "outcome": episode.outcome,
             "stop": episode.stop,
             "turns": len(episode.replies),
+            "candidates_passed": sum(each.outcome == "passed" for each in self.episodes),
             "prompt_tokens": sum(each.prompt_tokens for each in self.episodes),
             "completion_tokens": sum(each.completion_tokens for each in self.episodes),
             "seconds": round(sum(each.seconds for each in self.episodes), 3),

@@ -1,9 +1,9 @@
 """The report: the table that closes a session, from one row of plain values an episode.
 
 A row has ``model backend task group prompt think temperature best_of run sample seed reward outcome stop
-turns prompt_tokens completion_tokens seconds``, and optionally ``unseen``: what pytest keeps as properties of
-a test, and what :func:`rows` makes of records.  Names come from users and are treated as hostile: nothing
-in them can style, move or break a line.
+turns prompt_tokens completion_tokens seconds``, and optionally ``unseen`` and ``candidates_passed``: what pytest
+keeps as properties of a test, and what :func:`rows` makes of records.  Names come from users and are treated as
+hostile: nothing in them can style, move or break a line.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ def compared(pairings: Sequence[comparison.Pairing], width: int, *, ascii_only: 
 
 
 def rows(records: Iterable[Mapping[str, Any]]) -> list[dict[str, Value]]:
-    """The rows of records: the chosen episodes, with the tokens and seconds of all their candidates.
+    """The rows of records: the chosen episodes, with the tokens, seconds and passes of all their candidates.
 
     A cell that was played again (a rerun) counts once, as it ended last.
     """
@@ -118,6 +118,9 @@ def rows(records: Iterable[Mapping[str, Any]]) -> list[dict[str, Value]]:
         cost["prompt_tokens"] += sum(reply["prompt_tokens"] for reply in replies)
         cost["completion_tokens"] += sum(reply["completion_tokens"] for reply in replies)
         cost["seconds"] += record["seconds"]
+        if record["candidate"] == 0:  # a rerun: what passed before no longer counts, what was spent does
+            cost["candidates_passed"] = 0
+        cost["candidates_passed"] += record["outcome"] == "passed"
     return [_row(record, spent[_cell(record)]) for record in counted(found)]
 
 
@@ -239,12 +242,23 @@ METRICS: tuple[tuple[str, Metric], ...] = (("reward", REWARD), ("pass@1", _each(
 
 
 def _metrics(rows: Sequence[Row]) -> tuple[tuple[str, Metric], ...]:
-    """The metrics that these rows allow: where instances were sampled k times, pass@k and pass^k too."""
-    k = len({row["sample"] for row in rows})
-    if k < 2:
-        return METRICS
-    sampled = (("pass@", statistics.pass_at_k), ("pass^", statistics.pass_hat_k))
-    return (*METRICS, *((f"{name}{k}", _of_samples(estimator, k)) for name, estimator in sampled))
+    """The metrics that these rows of one line allow.
+
+    Where instances were sampled k times, pass@k and pass^k too; where the best of N was chosen, whether any passed.
+    """
+    found = list(METRICS)
+    if (k := len({row["sample"] for row in rows})) > 1:
+        sampled = (("pass@", statistics.pass_at_k), ("pass^", statistics.pass_hat_k))
+        found += [(f"{name}{k}", _of_samples(estimator, k)) for name, estimator in sampled]
+    if _best_of(rows) > 1 and all("candidates_passed" in row for row in rows):
+        found.append(
+            (f"any of {_best_of(rows)}", _each(lambda row: float(int(row["candidates_passed"]) > 0)))
+        )
+    return tuple(found)
+
+
+def _best_of(rows: Iterable[Row]) -> int:
+    return max((int(row["best_of"]) for row in rows), default=1)
 
 
 def _scores(rows: Sequence[Row]) -> _Grid:
@@ -254,7 +268,8 @@ def _scores(rows: Sequence[Row]) -> _Grid:
     lines = subjects(rows)
     ranks = comparison.ranks(lines) if len(lines) > 1 else {}
     places = ["rank"] if ranks else []
-    head = ["model", "", *named, *(["full - raw"] if gap else []), *places, "n", "invalid"]
+    tokens = ["tokens"] if _best_of(rows) > 1 else []
+    head = ["model", "", *named, *(["full - raw"] if gap else []), *places, "n", *tokens, "invalid"]
     grid = _Grid("mean reward and pass@1, ± 95% over tasks", head, left=2)
     for (model, asked), mine in lines.items():
         metrics = _metrics(mine)
@@ -267,8 +282,15 @@ def _scores(rows: Sequence[Row]) -> _Grid:
         invalid = len(mine) - len(valid_of(mine))
         names = "\n".join(name for name, _ in metrics)
         place = [str(ranks[model, asked] or "-")] if ranks else []
-        grid.lines.append([f"{model}\n{asked}", names, *columns, *place, str(len(mine)), str(invalid)])
+        spent = [f"{_tokens(mine):.0f}"] if tokens else []
+        counts = [str(len(mine)), *spent, str(invalid)]
+        grid.lines.append([f"{model}\n{asked}", names, *columns, *place, *counts])
     return grid
+
+
+def _tokens(rows: Sequence[Row]) -> float:
+    """What an attempt wrote, in tokens, all candidates together."""
+    return sum(int(row["completion_tokens"]) for row in rows) / len(rows)
 
 
 def mean(rows: Iterable[Row], metric: Metric) -> statistics.Estimate | None:
@@ -328,6 +350,11 @@ def notes(rows: Sequence[Row]) -> list[str]:
             )
     elif count == 1:
         notes.append("One task says nothing of tasks in general: no interval is given.")
+    if _best_of(rows) > 1:
+        notes.append(
+            "any of N: whether one of the N candidates passed (pass@N), as a perfect choice would have it; "
+            "tokens: written an attempt, all candidates together."
+        )
     for what, found in _smallest_differences(rows).items():
         extent = " to ".join(dict.fromkeys(f"{difference:.3f}" for difference in (min(found), max(found))))
         notes.append(f"Smallest {what} in reward that this design finds 4 times in 5: {extent}.")

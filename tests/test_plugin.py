@@ -475,6 +475,7 @@ def test_samples_and_best_of_play_what_they_say(project: Project) -> None:
     records = project.records()
     assert len(records) == 2 * (1 + 3)
     assert sum(record["chosen"] for record in records) == 4
+    result.stdout.fnmatch_lines(["*any of 3  *"])
 
 
 def test_a_rerun_is_a_fresh_attempt(project: Project) -> None:

@@ -257,4 +257,28 @@ def test_rows_of_records_are_the_chosen_with_the_cost_of_all_candidates() -> Non
     (found,) = report.rows([record, {**record, "candidate": 1, "chosen": True}])
     assert (found["prompt_tokens"], found["completion_tokens"], found["seconds"]) == (20, 10, 1.0)
     assert (found["think"], found["unseen"], found["turns"]) == ("on", "layout", 1)
+    assert found["candidates_passed"] == 2
     assert "think t0.7 best of 2" in report.render([found], 80)
+
+
+def test_a_rerun_spends_more_and_passes_anew() -> None:
+    record = row(candidate=0, chosen=True, replies=[{"prompt_tokens": 10, "completion_tokens": 5}], unseen=[])
+    (found,) = report.rows([record, {**record, "outcome": "wrong"}])
+    assert (found["completion_tokens"], found["candidates_passed"]) == (10, 0)
+
+
+def test_beside_the_best_of_n_stands_whether_any_passed_and_what_was_spent() -> None:
+    drawn = {"temperature": 0.7, "best_of": 4, "completion_tokens": 80}
+    rows = [
+        row(task="a", **drawn, candidates_passed=4), failed(task="b", **drawn, candidates_passed=1),
+        failed(task="c", **drawn, candidates_passed=0), row(task="a", temperature=0.7, candidates_passed=1),
+    ]  # fmt: skip
+    text = report.render(rows, 120)
+    assert [line.split()[-2:] for line in text.splitlines() if "tiny  " in line][:2] == [
+        ["20", "0"],
+        ["80", "0"],
+    ]
+    (line,) = (line for line in text.splitlines() if "any of 4  " in line)
+    assert re.findall(r"\d\.\d{3}", line)[0] == "0.667"
+    assert "any of N: whether one of the N candidates passed" in text
+    assert "any of" not in report.render(rows[3:], 120)
