@@ -15,6 +15,7 @@ import sys
 import types
 from collections.abc import Callable, Container, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
@@ -527,14 +528,15 @@ class Playing:
         if not self.prepared:
             self.prepared = True
             with self._opening():
-                self._check_must_pass({_function(each) for each in ids})
-                self.session.prepare(self._cells_of(ids))
+                cells = self._cells_of(ids)
+                self._check_must_pass({cell.task for cell in cells})
+                self.session.prepare(cells)
 
     def _cells_of(self, ids: Sequence[str]) -> list[Cell]:
         """The cells of those tests that are ours, by the tests' ids."""
-        wanted = {each.rpartition("::")[2] for each in ids}
-        cells = (cell for task in {_function(each) for each in ids} for cell in self.session.cells(task))
-        return [cell for cell in cells if f"{cell.task}[{cell.id}]" in wanted]
+        known = {cell.id: cell for cell in self.session.cells("")}
+        tests = (each.rpartition("::")[2].removesuffix("]").partition("[") for each in ids)
+        return [replace(known[cell], task=task) for task, _, cell in tests if cell in known]
 
     def _check_must_pass(self, known: Container[str] = ()) -> None:
         """Raise TaskError for a task that must pass and is none."""
@@ -735,11 +737,6 @@ def _no_model(config: pytest.Config) -> str:
         with _usage_errors():
             config.stash[MODELS] = ", ".join(_registry(config).models)
     return f"{NO_MODEL} {config.stash[MODELS]}"
-
-
-def _function(nodeid: str) -> str:
-    """The test function of a test's id: of ours, the task."""
-    return nodeid.rpartition("::")[2].partition("[")[0]
 
 
 def _cells(items: Iterable[pytest.Item]) -> list[Cell]:
