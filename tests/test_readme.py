@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import shlex
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,7 @@ from pytest_pocket.registry import Registry
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = "\n".join((ROOT / name).read_text() for name in ("README.md", "docs/tiny-family.md"))
 RUNS = sorted(path.parent for path in (ROOT / "reports").glob("*/run.json"))
+BENCHES = tomllib.loads((ROOT / "reports/bench/headlines.toml").read_text())
 EXPERIMENTS = sorted(path.parent for path in (ROOT / "reports" / "experiments").glob("*/run.json"))
 
 
@@ -22,6 +25,24 @@ def test_the_tables_of_the_documents_are_what_the_committed_runs_give() -> None:
         [sys.executable, ROOT / "reports/render.py", "--check"], capture_output=True, text=True
     )
     assert (done.returncode, done.stdout) == (0, ""), done.stderr
+
+
+PARSE = """
+import argparse, runpy, sys
+known = argparse.ArgumentParser.parse_args
+argparse.ArgumentParser.parse_args = lambda parser, *args: sys.exit(known(parser, *args) is None)
+sys.argv = sys.argv[1:]
+sys.path.insert(0, sys.argv[0].rpartition("/")[0])
+runpy.run_path(sys.argv[0], run_name="__main__")
+sys.exit("it asks for no options")
+"""
+
+
+@pytest.mark.parametrize("bench", BENCHES)
+def test_the_command_of_a_bench_is_one_that_it_takes(bench: str) -> None:
+    script = shlex.split(BENCHES[bench]["command"].rpartition("&& ")[2])[1:]
+    done = subprocess.run([sys.executable, "-c", PARSE, *script], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("run", RUNS, ids=lambda run: run.name)

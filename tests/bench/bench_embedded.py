@@ -22,7 +22,7 @@ def main() -> None:
     """Measure, print, and write JSON."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--out", type=Path, help="where to write the JSON")
     options = parser.parse_args()
     where = setting("torch", "transformers", model=MODEL)
     samples: dict[str, list[float]] = {"seconds": [], "peak_mib": []}

@@ -137,7 +137,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="rlvr-v1")
     parser.add_argument("--repeats", type=int, default=12)
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--out", type=Path, help="where to write the JSON")
     options = parser.parse_args()
     where = setting("openai", repeats=options.repeats)
     result = {**measure(options.model, options.repeats), "setting": where}

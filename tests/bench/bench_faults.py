@@ -77,7 +77,7 @@ def measured(options: argparse.Namespace, folder: Path) -> Iterator[dict[str, Ca
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, required=True, help="where to write the JSON")
+    parser.add_argument("--out", type=Path, help="where to write the JSON")
     parser.add_argument("--episodes", type=int, default=1000, help="at least so many under engines' faults")
     parser.add_argument("--share", type=float, default=0.08, help="of the requests that meet a fault")
     parser.add_argument("--timeout", type=float, default=30.0, help="of an episode that may hang, in seconds")
@@ -90,7 +90,7 @@ def main() -> None:
     where = setting("openai", "ollama")
     wanted = list(filter(None, options.only.split(",")))
     known: dict[str, dict[str, Any]] = {}
-    if wanted and options.out.is_file():
+    if wanted and options.out and options.out.is_file():
         known = {row["fault"]: row for row in json.loads(options.out.read_text())["rows"]}
 
     with tempfile.TemporaryDirectory() as folder, measured(options, Path(folder)) as rows:

@@ -24,7 +24,7 @@ def main() -> None:
     parser.add_argument("--model", default="sft-run6")
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--in-flight", type=int, default=32)
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--out", type=Path, help="where to write the JSON")
     options = parser.parse_args()
     where = setting("torch", "transformers")
     backend = HFBackend(Registry().resolve(options.model).target)

@@ -110,7 +110,7 @@ def main() -> None:
     parser.add_argument("--model", default="sft-run6")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1, help="torch threads")
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--out", type=Path, help="where to write the JSON")
     options = parser.parse_args()
     import torch
 

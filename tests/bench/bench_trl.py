@@ -310,7 +310,7 @@ def main() -> None:
     parser.add_argument("--rollout-steps", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--instances", type=int, default=8, help="of a step of GRPO, eight attempts each")
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--out", type=Path, help="where to write the JSON")
     options = parser.parse_args()
     torch.set_num_threads(1)
     os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
