@@ -261,6 +261,7 @@ LINKS = [
     Attempt("a workspace that is a link", (bash("cd /; mv workspace w; rmdir workspace; ln -s @FOLDER@ workspace"), read("secret"))),
     Attempt("links left for the snapshot", (bash("ln -s @SECRET@ s1; ln -s @FOLDER@ s2; ln -s /proc/self/fd/0 s3; ln -s /proc/self/cwd s4"),)),
     Attempt("a file that becomes a link while it is written", (bash("(setsid bash -c 'while :; do ln -sfn @VICTIM@ r; echo x >r2; mv r2 r; done' >/dev/null 2>&1 &); sleep 0.2"), write("r"), edit("r"))),
+    Attempt("a file that becomes a hard link while it is written", (bash("(setsid bash -c 'while :; do ln -f @VICTIM@ hr; ln -f /etc/passwd hr; echo x >hr2; mv hr2 hr; done' >/dev/null 2>&1 &); sleep 0.2"), write("hr"), edit("hr"), read("hr"))),
     Attempt("a folder that becomes a link while it is listed", (bash("mkdir d e; (setsid bash -c 'while :; do mv d e/; ln -s @FOLDER@ d; rm d; mv e/d .; done' >/dev/null 2>&1 &); sleep 0.2"), glob("d/**"), grep("s3cret", "d"))),
 ]  # fmt: skip
 GIT = [
@@ -399,6 +400,9 @@ SPELLINGS = {
     "dots between": "/./usr/../@SECRET@",
     "through the workspace": "/workspace/../..@SECRET@",
     "percent": "..%2f..%2f..@SECRET@",
+    "overlong bytes": "..%c0%af..%c0%af@SECRET@",
+    "full width": "．．／．．／@SECRET@",
+    "decomposed": "e\u0301/../..@SECRET@",
     "lookalike dots": "․․/․․@SECRET@",
     "lookalike slash": "..∕..∕..@SECRET@",
     "NUL": "a\0@SECRET@",
