@@ -236,18 +236,17 @@ def test_train_passes_its_arguments_on(monkeypatch: pytest.MonkeyPatch) -> None:
     assert seen == [["--recipe", "smoke", "--help"]]
 
 
-@pytest.mark.parametrize("command", [("data",), ("train", "data"), ("train", "sft")])
-def test_training_without_its_packages_names_the_extra(
-    monkeypatch: pytest.MonkeyPatch, command: tuple[str, ...]
-) -> None:
-    monkeypatch.setitem(sys.modules, "safetensors", None)
-    for name in ("stage", "checkpoint", "sft", "data"):
-        monkeypatch.delitem(sys.modules, f"pytest_pocket.training.{name}", raising=False)
-    status, text = pocket(*command, "--recipe", "smoke")
-    assert (status, text) == (
-        2,
-        "pocket: the package 'safetensors' is missing: pip install 'pytest-pocket[train]'\n",
+@pytest.mark.parametrize("command", ["data", "train data", "train sft --name x"])
+def test_training_without_its_packages_names_the_extra(tmp_path: Path, command: str) -> None:
+    code = "import sys; sys.modules['safetensors'] = None; from pytest_pocket.cli import app; app()"
+    done = subprocess.run(
+        [sys.executable, "-c", code, *command.split(), "--recipe", "smoke"],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
     )
+    said = "pocket: the package 'safetensors' is missing: pip install 'pytest-pocket[train]'\n"
+    assert (done.returncode, done.stderr) == (2, said)
 
 
 def test_python_m_runs_the_same_command() -> None:
