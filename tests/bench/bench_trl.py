@@ -255,8 +255,9 @@ def trl_grpo(parent: str, instances: int, steps: int) -> dict[str, float]:
         )
         with timed(table):
             trainer.train()
-    logged = [line["reward"] for line in trainer.state.log_history if "reward" in line]
-    return {**table, "reward": round(sum(logged) / len(logged), 3)}
+    logged = [line for line in trainer.state.log_history if "reward" in line]
+    rewards = [line["reward"] for line in logged]
+    return {**table, "reward": round(sum(rewards) / len(rewards), 3), "tokens": logged[-1]["num_tokens"]}
 
 
 def ours_grpo(parent: str, instances: int, steps: int) -> dict[str, float]:
@@ -266,7 +267,7 @@ def ours_grpo(parent: str, instances: int, steps: int) -> dict[str, float]:
     optimizers = fit.optimizers_of(model, 0.0, 1e-4)
     workshop = Workshop(sandbox.select("auto"))
     backend = HFBackend.around(model.eval(), tokenizer)
-    rewards, distinct = [], 0
+    rewards, distinct, tokens = [], 0, 0
     table: dict[str, float] = {}
     try:
         with timed(table):
@@ -281,10 +282,12 @@ def ours_grpo(parent: str, instances: int, steps: int) -> dict[str, float]:
                     for text in rlvr.sequences(rlvr.turns_of(episode), "raw")
                 ]
                 distinct += len(rlvr.alike(found))
+                tokens += sum(len(sample.text.ids) for sample in found)
                 rlvr.update(model, None, optimizers, found, plan, str(step))
     finally:
         backend.close()
-    return {**table, "reward": round(sum(rewards) / len(rewards), 3), "distinct_texts": distinct}
+    mean = round(sum(rewards) / len(rewards), 3)
+    return {**table, "reward": mean, "tokens": tokens, "distinct_texts": distinct}
 
 
 def rates(samples: dict[str, list[dict[str, float]]], unit: str, count: int) -> dict[str, dict[str, float]]:
@@ -346,6 +349,16 @@ def main() -> None:
             "sft_tokens_per_cpu_second": _ratio(sft, "tokens_per_cpu_second"),
             "grpo_rollouts_per_second": {
                 parent: _ratio(table, "rollouts_per_second") for parent, table in grpo.items()
+            },
+            # An unsure model's rollouts are longer in ours: TRL's limit has tools' results in it.
+            "grpo_tokens_per_second": {
+                parent: round(
+                    table["ours"]["tokens"]
+                    / table["ours"]["wall_seconds"]
+                    / (table["trl"]["tokens"] / table["trl"]["wall_seconds"]),
+                    2,
+                )
+                for parent, table in grpo.items()
             },
         },
         "sft": {"steps": options.steps, "traces_a_step": TRACES_A_STEP, "tokens": tokens, **sft},
