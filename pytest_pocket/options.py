@@ -101,9 +101,9 @@ def read(get: Callable[[str], str]) -> Options:
 
 def _check_writable(name: str, file: Path) -> None:
     """Raise OptionError for a file that plainly cannot be written: the session's end would be late to say so."""
-    if file.is_dir():
+    if os.path.isdir(file):
         raise OptionError(f"--pocket-{name} {file}: this is a folder; give a file")
-    there = file if file.exists() else file.absolute().parent
+    there = file if os.path.exists(file) else file.absolute().parent
     if not os.access(there, os.W_OK if there is file else os.W_OK | os.X_OK):
         what = "it" if there is file else "its folder"
         raise OptionError(f"--pocket-{name} {file}: {what} is missing or not writable; give another file")

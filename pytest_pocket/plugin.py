@@ -19,6 +19,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
+import pluggy
 import pytest
 
 from pytest_pocket import hookspecs
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from pytest_pocket.task import Task
 
 T = TypeVar("T")
+_PLUGGY = str(Path(pluggy.__file__).parent)
 
 OPTIONS = {
     "model": ("NAME", "models to run, comma separated or repeated; --pocket-list shows them"),
@@ -110,7 +112,8 @@ def pytest_load_initial_conftests(
     groups = [parser._anonymous, *parser._groups]
     taken = any("--runs" in option.names() for group in groups for option in group.options)
     # Not before it is asked for: a conftest that comes during collection may have an option of that name.
-    if not taken and any(arg.partition("=")[0] == "--runs" for arg in args):
+    # A file of options (@FILE) may ask for it, and is read later; pytest.main takes paths, too.
+    if not taken and any(str(arg).partition("=")[0] == "--runs" or str(arg)[:1] == "@" for arg in args):
         parser.getgroup("pocket").addoption(
             "--runs", dest="pocket_runs", metavar="N", default=None, help="the same as --pocket-runs"
         )
@@ -509,7 +512,7 @@ class Playing:
 
     @contextmanager
     def _opening(self) -> Iterator[None]:
-        """A session that is refused leaves no record."""
+        """A session that is refused leaves no record of its own."""
         try:
             with _usage_errors():
                 yield
@@ -528,15 +531,30 @@ class Playing:
         if not self.prepared:
             self.prepared = True
             with self._opening():
-                cells = self._cells_of(ids)
-                self._check_must_pass({cell.task for cell in cells})
-                self.session.prepare(cells)
+                if cells := self._cells_of(ids):
+                    if not self._narrowed:
+                        self._check_must_pass({cell.task for cell in cells})
+                    self.session.prepare(cells)
+
+    @property
+    def _narrowed(self) -> bool:
+        """Whether tests were left out: then a conftest that only workers read may have tasks that no id names."""
+        option = self.config.option
+        chosen = (option.keyword, option.markexpr, option.deselect, getattr(option, "lf", False))
+        return any(chosen) or bool(self.session.options.shard) or any("::" in arg for arg in self.config.args)
 
     def _cells_of(self, ids: Sequence[str]) -> list[Cell]:
-        """The cells of those tests that are ours, by the tests' ids."""
+        """The cells of those tests that are ours, by the tests' ids.  Other plugins may add to these."""
         known = {cell.id: cell for cell in self.session.cells("")}
-        tests = (each.rpartition("::")[2].removesuffix("]").partition("[") for each in ids)
-        return [replace(known[cell], task=task) for task, _, cell in tests if cell in known]
+        found = []
+        for each in ids:
+            task, _, rest = each.rpartition("::")[2].partition("[")
+            words = rest.rpartition("]")[0].split("-")
+            ends = ((words[drop:], words[: len(words) - drop]) for drop in range(len(words)))
+            parts = ("-".join(part) for pair in ends for part in pair)
+            if cell := next(filter(None, map(known.get, parts)), None):
+                found.append(replace(cell, task=task))
+        return found
 
     def _check_must_pass(self, known: Container[str] = ()) -> None:
         """Raise TaskError for a task that must pass and is none."""
@@ -817,6 +835,11 @@ def _answers(config: pytest.Config, hook: str) -> list[Any]:
         given = getattr(config.hook, hook)()
         return [list(added) if isinstance(added, Iterator) else added for added in given]
     except Exception as error:
-        from pytest_pocket.registry import told
+        from pytest_pocket.registry import ModelError, told
+        from pytest_pocket.task_list import TaskError
 
-        raise hookspecs.HookError(f"the hook {hook} broke: {told(error)}") from error
+        if isinstance(error, ModelError | TaskError | pytest.UsageError):
+            raise
+        raise hookspecs.HookError(
+            f"the hook {hook} broke: {told(error, skip=(__file__, _PLUGGY))}"
+        ) from error

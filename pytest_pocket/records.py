@@ -157,8 +157,9 @@ def start(directory: Path | None, info: Mapping[str, Any]) -> Run:
         now = datetime.now(UTC).strftime("%Y%m%dT%H%M%SZ")
         directory = RUNS / f"{now}-{secrets.token_hex(3)}"
     directory = Path(os.path.abspath(directory))
-    missing = [folder for folder in (directory, *directory.parents) if not folder.exists()]
-    run = replace(_own(directory), made=(directory / EPISODES, directory / RUN, *missing))
+    wanted = (directory / EPISODES, directory / RUN, directory, *directory.parents)
+    missing = tuple(path for path in wanted if not path.exists())
+    run = replace(_own(directory), made=missing)
     try:
         _check_unused(directory)
         (directory / EPISODES).touch()

@@ -62,9 +62,14 @@ def fault(error: Exception) -> Exception:
     return EngineError(f"the backend broke: {told(error)}")
 
 
-def told(error: Exception) -> str:
-    """An exception that nobody expected, on one line: its kind, what it says, and where it was raised."""
-    place = traceback.extract_tb(error.__traceback__)[-1]
+def told(error: Exception, skip: tuple[str, ...] | None = None) -> str:
+    """An exception that nobody expected, on one line: its kind, what it says, and where it was raised.
+
+    With ``skip`` the place is the outermost in no file that begins with one of these: whose code it was.
+    """
+    frames = traceback.extract_tb(error.__traceback__)
+    mine = [frame for frame in frames if skip and not frame.filename.startswith(skip)]
+    place = mine[0] if mine else frames[-1]
     return f"{type(error).__name__}: {first_line(error)} ({Path(place.filename).name}:{place.lineno})"
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import pkgutil
+import re
 from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
@@ -12,6 +13,10 @@ from types import FunctionType, ModuleType
 
 from pytest_pocket.task import Task
 
+NAME = re.compile(r"\w[\w.-]*")
+"""Of a test's id: ``-k`` and the commas of ``--pocket-must-pass`` must find it."""
+GROUP = re.compile(r"[A-Za-z]\w*")
+"""Of a marker."""
 GROUPS = ("read", "run", "write", "react", "stop")
 
 _added: dict[str, Task] = {}
@@ -49,12 +54,13 @@ def shipped() -> dict[str, Task]:
 def add(tasks: Iterable[Task]) -> None:
     """Add a session's own tasks.  Raises TaskError for what cannot be a test, or has the name of a shipped task."""
     for task in tasks:
-        for key in ("name", "group"):
+        for key, good, what in (
+            ("name", NAME, "letters, digits, '_', '.' and '-'"),
+            ("group", GROUP, "an identifier"),
+        ):
             value = getattr(task, key, None)
-            if not isinstance(value, str) or not value.isidentifier():
-                raise TaskError(
-                    f"task {type(task).__name__} has the {key} {value!r}: give one of letters, digits and '_'"
-                )
+            if not isinstance(value, str) or not good.fullmatch(value):
+                raise TaskError(f"task {type(task).__name__} has the {key} {value!r}: give {what}")
         if task.name in shipped():
             raise TaskError(f"task {task.name!r} has the name of a shipped task: choose another")
         _added[task.name] = task

@@ -130,6 +130,7 @@ def test_a_summary_without_a_gate_leaves_the_exit_status_alone(project: Project)
             "--pocket-fail-worse '5%': give a number*",
         ),
         (("--pocket-summary=no/where.md",), "--pocket-summary no/where.md: its folder is missing*"),
+        (("--pocket-summary=.",), "--pocket-summary .: this is a folder; give a file"),
     ],
 )
 def test_what_cannot_be_a_gate_is_a_usage_error(

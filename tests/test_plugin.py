@@ -337,6 +337,12 @@ def test_a_hook_that_breaks_is_one_line_for_a_session_without_a_model_too(projec
             "the hook pytest_pocket_models gave Model(name='a'*: give a list of Models",
         ),
         ("models", "'mine'", "the hook pytest_pocket_models gave 'mine': give a list of Models"),
+        (
+            "models",
+            "[read_manifest(Path('gone'))]",
+            "gone holds no pocket.json: give a checkpoint directory*",
+        ),
+        ("models", "[Path(3)]", "the hook pytest_pocket_models broke: TypeError: * (conftest.py:*)"),
         ("models", "3 / 0", "the hook pytest_pocket_models broke: ZeroDivisionError: * (conftest.py:*)"),
         (
             "backends",
@@ -351,13 +357,17 @@ def test_a_hook_that_breaks_is_one_line_for_a_session_without_a_model_too(projec
         ("tasks", "Greet()", "the hook pytest_pocket_tasks gave <*Greet object at *: give a list of Tasks"),
         ("tasks", "[Greet]", "the hook pytest_pocket_tasks gave <class *: give a list of Tasks"),
         ("tasks", "(3 / 0 for _ in [1])", "the hook pytest_pocket_tasks broke: ZeroDivisionError: *"),
-        ("tasks", "[type('Bare', (Task,), {})()]", "task Bare has the name None: give one of letters, *"),
+        ("tasks", "[type('Bare', (Task,), {})()]", "task Bare has the name None: give letters, *"),
         (
             "tasks",
             "[type('A', (Greet,), {'name': 'say hi'})()]",
-            "task A has the name 'say hi': give one of *",
+            "task A has the name 'say hi': give letters, *",
         ),
-        ("tasks", "[type('A', (Greet,), {'group': 'a b'})()]", "task A has the group 'a b': give one of *"),
+        (
+            "tasks",
+            "[type('A', (Greet,), {'group': '_b'})()]",
+            "task A has the group '_b': give an identifier",
+        ),
     ],
 )
 @pytest.mark.parametrize("model", ["--pocket-model=oracle", "--pocket-list"])
@@ -365,7 +375,8 @@ def test_a_slip_in_a_hook_is_a_usage_error(
     project: Project, model: str, hook: str, given: str, line: str
 ) -> None:
     text = (project.path / "conftest.py").read_text()
-    project.pytester.makeconftest(f"{text}\n\ndef pytest_pocket_{hook}():\n    return {given}\n")
+    imports = "from pathlib import Path\nfrom pytest_pocket.registry import read_manifest\n"
+    project.pytester.makeconftest(f"{imports}{text}\n\ndef pytest_pocket_{hook}():\n    return {given}\n")
     result = project.run(model)
     assert result.ret == pytest.ExitCode.USAGE_ERROR
     result.stderr.fnmatch_lines([f"ERROR: {line}"])
@@ -457,6 +468,18 @@ def test_runs_is_left_to_a_conftest_that_has_it(project: Project) -> None:
     project.pytester.makeconftest((project.path / "conftest.py").read_text() + own)
     result = project.run("--runs=7", "--pocket-runs=2", "--pocket-model=oracle", "--pocket-prompt=raw")
     result.assert_outcomes(passed=2)
+
+
+def test_runs_may_stand_in_a_file_of_options(project: Project) -> None:
+    (project.path / "options").write_text("--runs=2\n")
+    project.run("--pocket-model=oracle", "@options").assert_outcomes(passed=4)
+
+
+def test_paths_may_be_arguments_of_pytest_main(project: Project) -> None:
+    code = "import pytest, pathlib; raise SystemExit(pytest.main([pathlib.Path('conftest.py'), '-q']))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=project.path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "1 skipped" in done.stdout
 
 
 def test_a_conftest_that_comes_later_may_have_runs_where_nobody_asked_for_ours(project: Project) -> None:

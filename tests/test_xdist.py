@@ -81,10 +81,44 @@ def test_what_cannot_be_played_is_refused_before_anything_is(
 
 
 def test_a_task_of_a_folder_that_only_workers_read_may_have_to_pass(project: Project) -> None:
-    (project.path / "sub").mkdir()
+    for name in ("sub", "unit"):
+        (project.path / name).mkdir()
     (project.path / "conftest.py").rename(project.path / "sub" / "conftest.py")
-    result = project.start("--pocket-model=oracle", "--pocket-must-pass=greet", "-n", "2", plugins=XDIST)
-    assert result.ret == 0
+    (project.path / "unit" / "test_unit.py").write_text("def test_unit(): pass\n")
+    options = ("--pocket-model=oracle", "--pocket-must-pass=greet", "-n", "2")
+    assert project.start(*options, plugins=XDIST).ret == 0
+    assert project.start(*options, "unit", "--pocket-records=b", plugins=XDIST).ret == 0
+    told = project.start(
+        *options,
+        "-k",
+        "answer_directly",
+        "--pocket-records=c",
+        "--pyargs",
+        "pytest_pocket.tasks",
+        ".",
+        plugins=XDIST,
+    )
+    assert told.ret == pytest.ExitCode.TESTS_FAILED
+    told.stdout.fnmatch_lines(["pocket: *greet*"])
+
+
+def test_a_refused_session_takes_nothing_away_that_was_there(project: Project) -> None:
+    folder = project.path / "mine"
+    folder.mkdir()
+    for name in ("run.json", "episodes.jsonl", "notes.txt"):
+        (folder / name).touch()
+    result = project.start("--pocket-model=toy:unloadable", "--pocket-records=mine", "-n", "2", plugins=XDIST)
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    assert {path.name for path in folder.iterdir()} == {"run.json", "episodes.jsonl", "notes.txt"}
+
+
+def test_what_another_plugin_adds_to_an_id_hides_no_cell(project: Project) -> None:
+    twice = "def pytest_generate_tests(metafunc):\n    metafunc.fixturenames.append('turn')\n"
+    twice += "    metafunc.parametrize('turn', [1, 2], ids=['x1', 'x2'])\n"
+    text = (project.path / "conftest.py").read_text()
+    project.pytester.makeconftest(text + "\n" + twice)
+    result = project.start("--pocket-model=toy:unloadable", "-n", "2", plugins=XDIST)
+    assert result.errlines == ["ERROR: the weights of 'unloadable' are missing: fetch them", ""]
 
 
 @pytest.mark.parametrize("workers", [(), ("-n", "2")], ids=["serial", "xdist"])

@@ -257,7 +257,7 @@ def trl_grpo(parent: str, instances: int, steps: int) -> dict[str, float]:
             trainer.train()
     logged = [line for line in trainer.state.log_history if "reward" in line]
     rewards = [line["reward"] for line in logged]
-    return {**table, "reward": round(sum(rewards) / len(rewards), 3), "tokens": logged[-1]["num_tokens"]}
+    return {**table, "reward": round(sum(rewards) / len(rewards), 3)}
 
 
 def ours_grpo(parent: str, instances: int, steps: int) -> dict[str, float]:
@@ -267,7 +267,7 @@ def ours_grpo(parent: str, instances: int, steps: int) -> dict[str, float]:
     optimizers = fit.optimizers_of(model, 0.0, 1e-4)
     workshop = Workshop(sandbox.select("auto"))
     backend = HFBackend.around(model.eval(), tokenizer)
-    rewards, distinct, tokens = [], 0, 0
+    rewards, distinct = [], 0
     table: dict[str, float] = {}
     try:
         with timed(table):
@@ -282,12 +282,11 @@ def ours_grpo(parent: str, instances: int, steps: int) -> dict[str, float]:
                     for text in rlvr.sequences(rlvr.turns_of(episode), "raw")
                 ]
                 distinct += len(rlvr.alike(found))
-                tokens += sum(len(sample.text.ids) for sample in found)
                 rlvr.update(model, None, optimizers, found, plan, str(step))
     finally:
         backend.close()
     mean = round(sum(rewards) / len(rewards), 3)
-    return {**table, "reward": mean, "tokens": tokens, "distinct_texts": distinct}
+    return {**table, "reward": mean, "distinct_texts": distinct}
 
 
 def rates(samples: dict[str, list[dict[str, float]]], unit: str, count: int) -> dict[str, dict[str, float]]:
@@ -349,16 +348,6 @@ def main() -> None:
             "sft_tokens_per_cpu_second": _ratio(sft, "tokens_per_cpu_second"),
             "grpo_rollouts_per_second": {
                 parent: _ratio(table, "rollouts_per_second") for parent, table in grpo.items()
-            },
-            # An unsure model's rollouts are longer in ours: TRL's limit has tools' results in it.
-            "grpo_tokens_per_second": {
-                parent: round(
-                    table["ours"]["tokens"]
-                    / table["ours"]["wall_seconds"]
-                    / (table["trl"]["tokens"] / table["trl"]["wall_seconds"]),
-                    2,
-                )
-                for parent, table in grpo.items()
             },
         },
         "sft": {"steps": options.steps, "traces_a_step": TRACES_A_STEP, "tokens": tokens, **sft},
