@@ -148,14 +148,14 @@ def read_manifest(directory: Path) -> Model:
         if not all(isinstance(value, str) for value in told):
             raise TypeError("every value must be a string")
     template = directory / "chat_template.jinja"
+    if not template.is_file():
+        raise ModelError(f"checkpoint {name!r} in {directory} has no {template.name}: fetch it again")
     actual = {
         "suite": SUITE_VERSION,
         "tools": tools_hash(),
-        "template": file_hash(template) if template.is_file() else "",
+        "template": file_hash(template),
         "parser": parser_hash() if "parser_sha256" in manifest else "unpinned",
     }
-    if not template.is_file():
-        raise ModelError(f"checkpoint {name!r} in {directory} has no {template.name}: fetch it again")
     if different := [
         f"{key} {pinned[key][:12]} (here {actual[key][:12]})" for key in pinned if pinned[key] != actual[key]
     ]:

@@ -255,9 +255,8 @@ def trl_grpo(parent: str, instances: int, steps: int) -> dict[str, float]:
         )
         with timed(table):
             trainer.train()
-    logged = [line for line in trainer.state.log_history if "reward" in line]
-    rewards = [line["reward"] for line in logged]
-    return {**table, "reward": round(sum(rewards) / len(rewards), 3)}
+    logged = [line["reward"] for line in trainer.state.log_history if "reward" in line]
+    return {**table, "reward": round(sum(logged) / len(logged), 3)}
 
 
 def ours_grpo(parent: str, instances: int, steps: int) -> dict[str, float]:
@@ -285,8 +284,7 @@ def ours_grpo(parent: str, instances: int, steps: int) -> dict[str, float]:
                 rlvr.update(model, None, optimizers, found, plan, str(step))
     finally:
         backend.close()
-    mean = round(sum(rewards) / len(rewards), 3)
-    return {**table, "reward": mean, "distinct_texts": distinct}
+    return {**table, "reward": round(sum(rewards) / len(rewards), 3), "distinct_texts": distinct}
 
 
 def rates(samples: dict[str, list[dict[str, float]]], unit: str, count: int) -> dict[str, dict[str, float]]:
