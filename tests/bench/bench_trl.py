@@ -4,8 +4,10 @@
 
 SFT: steps of four traces each, AdamW in all, Muon in ours besides.  GRPO: groups of eight attempts at the same training
 instances; TRL's ``GRPOTrainer`` plays them through ``environment_factory`` over our sandbox and tools, ours through the
-suite's loop.  CPU seconds are of the process and its sandboxes, and say more than wall seconds on a shared machine.  All
-alternate; medians of the repeats.
+suite's loop.  Both end an episode at the same limits: so many tokens a reply, so many replies, and the first reply that
+holds no readable call, which the suite's loop otherwise hands back.  Their tokens are counted alike: those that the
+model wrote, and its prompts'.  CPU seconds are of the process and its sandboxes, and say more than wall seconds on a
+shared machine.  All alternate; medians of the repeats.
 """
 
 from __future__ import annotations
@@ -33,7 +35,7 @@ from trl.chat_template_utils import qwen3_5_template
 
 from pytest_pocket import sandbox, task_list, tools
 from pytest_pocket.backends.hf import HFBackend
-from pytest_pocket.chat import ToolCall
+from pytest_pocket.chat import Backend, ChatReply, ChatRequest, ToolCall
 from pytest_pocket.episode import Workshop, play
 from pytest_pocket.registry import shipped
 from pytest_pocket.sandbox import Sandbox
@@ -45,6 +47,8 @@ PARENTS = ("sft-run6", "base")
 TRACES_A_STEP = 4
 GROUP = 8
 PLAN = recipe.load("tiny")
+ROOM = 2048
+"""The tiny models' window: TRL counts tools' results as part of a completion, the suite does not."""
 
 
 def loaded(parent: str = "sft-run6") -> tuple[Any, Any]:
@@ -222,10 +226,31 @@ def reward(completions: list[Any], environments: list[Environment], **_: Any) ->
     ]
 
 
+class Unforgiving:
+    """An engine whose malformed calls are answers: they end an episode, as in TRL."""
+
+    def __init__(self, backend: Backend) -> None:
+        self._backend = backend
+
+    def chat(self, request: ChatRequest) -> ChatReply:
+        """Answer one request."""
+        return replace(self._backend.chat(request), malformed="")
+
+    def cancel(self) -> None:
+        """Cancel the engine's requests."""
+        self._backend.cancel()
+
+    def close(self) -> None:
+        """Close the engine."""
+        self._backend.close()
+
+
 def rl(instances: int) -> recipe.RL:
-    """Both sides' groups: of the raw prompt, with one update a step."""
+    """Both sides' groups: of the raw prompt, with one update a step, replies alone limited."""
+    plan = PLAN.rlvr
     return replace(
-        PLAN.rlvr, prompts={"raw": 1.0}, think=0.0, temperature=1.0, instances=instances, group=GROUP, updates=1, muon_lr=0.0
+        plan, prompts={"raw": 1.0}, think=0.0, temperature=1.0, instances=instances, group=GROUP, updates=1, muon_lr=0.0,
+        tokens=plan.turns * plan.reply_tokens,
     )  # fmt: skip
 
 
@@ -240,9 +265,9 @@ def trl_grpo(parent: str, instances: int, steps: int) -> dict[str, float]:
     table: dict[str, float] = {}
     with tempfile.TemporaryDirectory() as folder:
         settings = GRPOConfig(
-            folder, per_device_train_batch_size=instances * GROUP, num_generations=GROUP, max_steps=steps,
-            max_completion_length=PLAN.rlvr.tokens, max_tool_calling_iterations=PLAN.rlvr.turns, learning_rate=1e-4,
-            temperature=1.0, beta=0.0, report_to=[], save_strategy="no", logging_steps=1, use_cpu=True, bf16=False,
+            folder, per_device_train_batch_size=GROUP, gradient_accumulation_steps=instances, num_generations=GROUP, max_steps=steps,
+            max_completion_length=ROOM, generation_kwargs={"max_new_tokens": plan.reply_tokens},
+            max_tool_calling_iterations=plan.turns - 1, learning_rate=1e-4, temperature=1.0, beta=0.0, report_to=[], save_strategy="no", logging_steps=1, use_cpu=True, bf16=False,
             gradient_checkpointing=False, disable_tqdm=True,
         )  # fmt: skip
         trainer = GRPOTrainer(
@@ -255,8 +280,14 @@ def trl_grpo(parent: str, instances: int, steps: int) -> dict[str, float]:
         )
         with timed(table):
             trainer.train()
-    logged = [line["reward"] for line in trainer.state.log_history if "reward" in line]
-    return {**table, "reward": round(sum(logged) / len(logged), 3)}
+    logged = [line for line in trainer.state.log_history if "reward" in line]
+    written = sum(line["completions/mean_length"] for line in logged) * instances * GROUP
+    return {
+        **table,
+        "reward": round(sum(line["reward"] for line in logged) / len(logged), 3),
+        "tokens_written": round(written),
+        "tokens_with_prompts": round(logged[-1]["num_tokens"]),
+    }
 
 
 def ours_grpo(parent: str, instances: int, steps: int) -> dict[str, float]:
@@ -266,25 +297,33 @@ def ours_grpo(parent: str, instances: int, steps: int) -> dict[str, float]:
     optimizers = fit.optimizers_of(model, 0.0, 1e-4)
     workshop = Workshop(sandbox.select("auto"))
     backend = HFBackend.around(model.eval(), tokenizer)
-    rewards, distinct = [], 0
+    engine = Unforgiving(backend)
+    rewards, distinct, written, prompts = [], 0, 0, 0
     table: dict[str, float] = {}
     try:
         with timed(table):
             for step in range(steps):
                 backend.weights_changed()
-                groups = rlvr.rollouts(plan, step, backend, workshop)
-                rewards += [episode.reward for group in groups for episode in group]
+                played = [each for group in rlvr.rollouts(plan, step, engine, workshop) for each in group]
+                rewards += [episode.reward for episode in played]
+                written += sum(episode.completion_tokens for episode in played)
+                prompts += sum(len(episode.replies[0].prompt_ids) for episode in played)
                 found = [
                     rlvr.Sample(text, episode.reward - 0.5)
-                    for group in groups
-                    for episode in group
+                    for episode in played
                     for text in rlvr.sequences(rlvr.turns_of(episode), "raw")
                 ]
                 distinct += len(rlvr.alike(found))
                 rlvr.update(model, None, optimizers, found, plan, str(step))
     finally:
         backend.close()
-    return {**table, "reward": round(sum(rewards) / len(rewards), 3), "distinct_texts": distinct}
+    return {
+        **table,
+        "reward": round(sum(rewards) / len(rewards), 3),
+        "tokens_written": written,
+        "tokens_with_prompts": written + prompts,
+        "distinct_texts": distinct,
+    }
 
 
 def rates(samples: dict[str, list[dict[str, float]]], unit: str, count: int) -> dict[str, dict[str, float]]:
