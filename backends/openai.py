@@ -223,7 +223,7 @@ class OpenAIBackend:
             "top_p": 1.0,
             "seed": sampling.seed % 2**31,
             "max_tokens": max_tokens,
-            "logprobs": True,
+            "logprobs": sampling.logprob,
             **body,
         }
         end = in_time(request.seconds)

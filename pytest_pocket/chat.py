@@ -49,12 +49,16 @@ class Message:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How one reply is drawn.  ``temperature`` 0 is greedy; ``max_tokens`` bounds the reply, thinking included."""
+    """How one reply is drawn.  ``temperature`` 0 is greedy; ``max_tokens`` bounds the reply, thinking included.
+
+    ``logprob`` asks for the reply's log-probability, which costs some servers a tenth of their speed.
+    """
 
     temperature: float = 0.0
     seed: int = 0
     think: bool = False
     max_tokens: int = 512
+    logprob: bool = False
 
 
 @dataclass(frozen=True)
@@ -80,7 +84,7 @@ class ChatReply:
     what it wrote is not a call; such a reply has no calls.  ``finish`` is ``"length"`` when ``max_tokens`` or
     the context window ended the reply, ``"time"`` when the request's seconds did while the model was writing.
     ``truncated`` means that the engine cut the *prompt*: the episode is invalid.  ``logprob`` is the sum of the
-    log-probabilities (nats, temperature 1) of the sampled tokens.
+    log-probabilities (nats, temperature 1) of the sampled tokens, where it was asked for or costs nothing.
     ``evidence`` holds what the engine really saw (options, a hash of the rendered prompt), for the record.
     ``prompt_ids`` and ``completion_ids`` are the tokens themselves, from engines that give them: reinforcement
     learning trains on exactly these.

@@ -200,7 +200,8 @@ def play(
     try:
         sandbox = prepared(instance, workshop)
         before = sandbox.snapshot()
-        sampling = Sampling(condition.temperature, 0, condition.think, 0)
+        # Candidates of best-of-N settle ties by it.
+        sampling = Sampling(condition.temperature, 0, condition.think, 0, logprob=condition.best_of > 1)
         stop = ""
         malformed = 0
         repeats: Counter[object] = Counter()

@@ -119,7 +119,8 @@ def test_vllm_samples_candidates_at_once_ends_in_time_and_is_said_when_it_dies(
     assert isinstance(backend, VLLMBackend)
     try:
         seeds = (5, 6, 7)
-        request = ChatRequest(conformance.GREETING, SCHEMAS, Sampling(1.5, seeds[0], max_tokens=24))
+        sampling = Sampling(1.5, seeds[0], max_tokens=24, logprob=True)
+        request = ChatRequest(conformance.GREETING, SCHEMAS, sampling)
         together = backend.chats(request, seeds)
         alone = [
             backend.chat(replace(request, sampling=Sampling(1.5, seed, max_tokens=24))) for seed in seeds
@@ -128,6 +129,7 @@ def test_vllm_samples_candidates_at_once_ends_in_time_and_is_said_when_it_dies(
         assert [reply.evidence["seed"] for reply in together] == list(seeds)
         assert {reply.evidence["sampled_at_once"] for reply in together} == {3}
         assert all(reply.logprob is not None and reply.logprob < 0 for reply in together)
+        assert [reply.logprob for reply in alone] == [None] * len(seeds)
 
         assert backend._started
         endless = VLLMBackend(MODEL, backend._started.base_url, extra={"ignore_eos": True})

@@ -164,6 +164,13 @@ def test_the_condition_decides_the_opening_and_the_sampling(workshop: Workshop, 
     assert (sampling.temperature, sampling.think, sampling.max_tokens) == (0.7, True, 33)
 
 
+@pytest.mark.parametrize("best_of", [1, 2])
+def test_log_probabilities_are_asked_for_where_candidates_may_tie(workshop: Workshop, best_of: int) -> None:
+    condition = Condition(temperature=0.7, best_of=best_of)
+    _, script = attempt(workshop, COPY, say("no"), condition=condition)
+    assert [request.sampling.logprob for request in script.requests] == [best_of > 1] * 2
+
+
 def test_an_answer_without_a_call_is_an_early_stop(workshop: Workshop) -> None:
     assert ending(attempt(workshop, say(NUMBER))[0]) == ("early_stop", "answer", 0.5)
 

@@ -73,6 +73,14 @@ def test_a_request_arrives_as_it_was_meant(server: Server, backend: OpenAIBacken
     assert {"temperature", "seed", "think", "probe_system", "probe_tools", "server"} <= reply.evidence.keys()
 
 
+@pytest.mark.parametrize("wanted", [False, True])
+def test_log_probabilities_are_asked_for_where_they_are_wanted(
+    server: Server, backend: OpenAIBackend, wanted: bool
+) -> None:
+    backend.chat(ChatRequest(QUESTION, SCHEMAS, Sampling(logprob=wanted)))
+    assert server.seen[-1]["logprobs"] is wanted
+
+
 def test_no_server_is_one_line_that_names_it(monkeypatch: pytest.MonkeyPatch) -> None:
     url = f"http://127.0.0.1:{free_port()}/v1"
     with pytest.raises(ModelError, match=f"{url}.*'tiny'.*cannot be reached: start it"):

@@ -1,10 +1,10 @@
 """vLLM driven by the suite against vLLM's own load generator: tokens per second, and what prefix caching saves.
 
 One server, the same first turns of the tasks with the same tools, the same number of tokens for each (the end
-token is ignored), the same number of requests at a time; all ways take turns.  The suite asks for every token's id and
-log-probability, in parts of a stream; the generator asks for none, and gets nearly no parts where the server's parser
-holds calls back, or with ``SAME`` for what the suite does.  Then episodes are played, and the server tells how many of
-their prompts' tokens it had computed before.  ``vllm`` must be on the PATH.
+token is ignored), the same number of requests at a time; all ways take turns.  The suite asks for every token's id, in
+parts of a stream, and for best-of-N for log-probabilities besides; the generator asks for none, and gets nearly no
+parts where the server's parser holds calls back, or with ``SAME`` for what the suite does.  Then episodes are played,
+and the server tells how many of their prompts' tokens it had computed before.  ``vllm`` must be on the PATH.
 
     python tests/bench/bench_engines.py --out reports/bench/engines.json
 """
@@ -34,7 +34,7 @@ from pytest_pocket.tools import SCHEMAS
 from pytest_pocket.training.evaluate import episodes
 
 IN_FLIGHT = 16
-SAME = {"logprobs": True, "return_token_ids": True}
+SAME = {"return_token_ids": True}
 
 
 def by_the_suite(backend: VLLMBackend, asked: list[ChatRequest]) -> float:
@@ -89,11 +89,13 @@ def measure(name: str, repeats: int) -> dict[str, Any]:
     base_url = backend.base_url
     version = httpx.get(base_url.removesuffix("/v1") + "/version", trust_env=False).json()["version"]
     asked = [replace(each, sampling=replace(each.sampling, max_tokens=MAX_TOKENS)) for each in requests()]
+    candidates = [replace(each, sampling=replace(each.sampling, logprob=True)) for each in asked]
     endless = VLLMBackend(backend.name, base_url, extra={"ignore_eos": True}, reference=model.target)
     try:
         theirs = (backend.name, model.target, base_url, asked)
         ways = {
             "suite": lambda: by_the_suite(endless, asked),
+            "suite, as for best-of-N": lambda: by_the_suite(endless, candidates),
             "vllm bench serve": lambda: by_its_own(*theirs, {}),
             "the same fields": lambda: by_its_own(*theirs, SAME),
         }
@@ -122,6 +124,7 @@ def measure(name: str, repeats: int) -> dict[str, Any]:
         "tokens_per_second": rates,
         "medians": medians,
         "ratio": round(medians["suite"] / medians["vllm bench serve"], 3),
+        "ratio_best_of": round(medians["suite, as for best-of-N"] / medians["vllm bench serve"], 3),
         "ratio_same_fields": round(medians["suite"] / medians["the same fields"], 3),
         "prefix_cache": {
             "episodes": len(played),
@@ -144,7 +147,11 @@ def main() -> None:
     write(result, options.out)
     print(
         json.dumps(
-            {key: result[key] for key in ("medians", "ratio", "ratio_same_fields", "prefix_cache")}, indent=2
+            {
+                key: result[key]
+                for key in ("medians", "ratio", "ratio_best_of", "ratio_same_fields", "prefix_cache")
+            },
+            indent=2,
         )
     )
 
