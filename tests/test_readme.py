@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 import subprocess
 import sys
@@ -43,6 +44,16 @@ def test_the_command_of_a_bench_is_one_that_it_takes(bench: str) -> None:
     script = shlex.split(BENCHES[bench]["command"].rpartition("&& ")[2])[1:]
     done = subprocess.run([sys.executable, "-c", PARSE, *script], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    "bench", ["bench_scale.py --repeats 1 --sizes 5 10", "bench_episodes.py --repeats 1 --episodes 20"]
+)
+def test_a_bench_that_plays_by_itself_runs_with_what_the_suite_is_now(bench: str) -> None:
+    command = [sys.executable, *shlex.split(f"tests/bench/{bench}")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["medians"]
 
 
 @pytest.mark.parametrize("run", RUNS, ids=lambda run: run.name)

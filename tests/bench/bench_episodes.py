@@ -106,6 +106,7 @@ class NullSandbox:
 
 class NullProvider:
     name = "null"
+    caveat = ""
 
     def probe(self) -> None: ...
 
