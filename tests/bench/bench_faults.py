@@ -79,7 +79,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, help="where to write the JSON")
     parser.add_argument("--episodes", type=int, default=1000, help="at least so many under engines' faults")
-    parser.add_argument("--share", type=float, default=0.08, help="of the requests that meet a fault")
+    parser.add_argument("--share", type=float, default=0.2, help="of the requests that meet a fault")
     parser.add_argument("--timeout", type=float, default=30.0, help="of an episode that may hang, in seconds")
     parser.add_argument("--times", type=int, default=5, help="how often a session is ended, for each way")
     parser.add_argument("--only", help="the rows to measure, comma separated", default="")
