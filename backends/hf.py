@@ -26,7 +26,7 @@ import random
 import threading
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, InvalidStateError
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -50,6 +50,12 @@ OPENING_TOKENS = 32
 """A shorter one is not worth its bookkeeping."""
 JOIN_STEPS = 8
 """No request waits for longer than this many steps, if there is room in the batch."""
+PADDING = 128
+"""Prompts of unlike lengths are read apart where they would be padded by more tokens than these."""
+LONG = 2
+"""A row is long that is so many times as long as the one in the middle."""
+STEP_BYTES = 2**24
+"""What a step costs on a CPU beside its reading, in bytes that could be read meanwhile."""
 UNLIMITED = 10**9
 TEMPLATE_SECONDS = 10.0
 """How long a chat template may take: it is the model's, and may hold a loop without end."""
@@ -82,6 +88,11 @@ class _Row:
     tokens: list[int] = field(default_factory=list)
     logprob: float = 0.0
     finish: Literal["stop", "length"] = "length"
+
+    @property
+    def length(self) -> int:
+        """How many tokens it has, its prompt's among them."""
+        return len(self.prompt) + len(self.tokens)
 
 
 class HFBackend:
@@ -273,6 +284,8 @@ class _Engine:
 
     def __init__(self, model: Any, stop_ids: frozenset[int], batch: int) -> None:
         self._batch = _Batch(model, stop_ids)
+        self._apart = _Batch(model, stop_ids)
+        """The rows that have become so long that they are stepped by themselves."""
         self._size = batch
         self._waiting: deque[_Row] = deque()
         self._known: set[_Row] = set()
@@ -307,6 +320,7 @@ class _Engine:
         """Wait until the thread has ended, and let go of the model."""
         self._thread.join()
         self._batch.release()
+        self._apart.release()
 
     def _run(self) -> None:
         import torch
@@ -318,13 +332,14 @@ class _Engine:
                 if joining:
                     self._join(joining)
                 else:
-                    self._work(self._batch.step)
+                    self._step()
         self._batch.clear()
+        self._apart.clear()
 
     def _next(self, steps: int) -> list[_Row] | None:
         """The rows that join now, none to go on with those running; None when the engine has to end."""
         with self._changed:
-            running = len(self._batch.rows)
+            running = len(self._batch.rows) + len(self._apart.rows)
             while not self._ended and not running and not self._waiting:
                 self._changed.wait()
             if self._ended:
@@ -341,15 +356,23 @@ class _Engine:
         except Exception as error:
             self._fail(rows, error)
         else:
-            self._work(lambda: self._batch.join(rows, *read), rows)
+            self._work(self._batch, lambda: self._batch.join(rows, *read), rows)
 
-    def _work(self, advance: Callable[[], list[_Row]], joining: Sequence[_Row] = ()) -> None:
-        """Let the batch advance, and resolve what that finished.  A fault ends every row of it."""
-        running = self._batch.rows
+    def _step(self) -> None:
+        """One token for every row."""
+        if long := self._batch.long():
+            self._work(self._batch, lambda: self._apart.take_from(self._batch, long))
+        for batch in (self._batch, self._apart):
+            if batch.rows:
+                self._work(batch, batch.step)
+
+    def _work(self, batch: _Batch, advance: Callable[[], list[_Row]], joining: Sequence[_Row] = ()) -> None:
+        """Let a batch advance, and resolve what that finished.  A fault ends every row of it."""
+        running = batch.rows
         try:
             finished = advance()
         except Exception as error:
-            self._batch.clear()
+            batch.clear()
             self._fail([*running, *joining], error)
             return
         with self._changed:
@@ -386,6 +409,7 @@ class _Batch:
         parameters = inspect.signature(_forward_of(model)).parameters
         self._options = {"logits_to_keep": 1} if "logits_to_keep" in parameters else {}
         self._positions = "position_ids" in parameters
+        self._weight_bytes = sum(each.numel() * each.element_size() for each in model.parameters())
         self.clear()
         self.joinable = True
         self._shareable = False
@@ -413,7 +437,36 @@ class _Batch:
         import torch
 
         wanted = [tuple(row.prompt) for row in rows]
-        prompts = list(dict.fromkeys(wanted)) if self._shareable else wanted
+        if not self._shareable:
+            return self._read(wanted)
+        prompts = sorted(set(wanted), key=len)
+        first, *others = self._alike(prompts)
+        cache, logits, mask = self._read(first)
+        for part in others:
+            more, theirs, columns = self._read(part)
+            _give_room(cache)
+            mask = _merge(cache, mask, more, columns)
+            logits = torch.cat([logits, theirs])
+        if prompts != wanted:
+            chosen = torch.tensor([prompts.index(prompt) for prompt in wanted], device=mask.device)
+            cache.batch_select_indices(chosen)
+            logits, mask = logits[chosen], mask[chosen]
+        return cache, logits, mask
+
+    def _alike(self, prompts: Sequence[tuple[int, ...]]) -> Iterator[Sequence[tuple[int, ...]]]:
+        """Prompts, given by length, in parts whose padding costs less than another pass; on a CPU alone."""
+        start = padding = 0
+        for end in range(1, len(prompts)):
+            padding += (end - start) * (len(prompts[end]) - len(prompts[end - 1]))
+            if padding > PADDING and self._model.device.type == "cpu":
+                yield prompts[start:end]
+                start, padding = end, 0
+        yield prompts[start:]
+
+    def _read(self, prompts: Sequence[tuple[int, ...]]) -> tuple[Any, Any, Any]:
+        """Run prompts through the model in one pass."""
+        import torch
+
         opening, cache = self._opening(prompts)
         rests = [prompt[len(opening) :] for prompt in prompts]
         width = max(map(len, rests))
@@ -424,12 +477,7 @@ class _Batch:
         )
         seen = [1] * len(opening)
         mask = torch.tensor([[*seen, *[0] * pad, *[1] * (width - pad)] for pad in pads], device=device)
-        cache, logits, mask = self._forward(ids, mask, cache)
-        if len(prompts) < len(wanted):
-            chosen = torch.tensor([prompts.index(prompt) for prompt in wanted], device=device)
-            cache.batch_select_indices(chosen)
-            logits, mask = logits[chosen], mask[chosen]
-        return cache, logits, mask
+        return self._forward(ids, mask, cache)
 
     def _opening(self, prompts: Sequence[tuple[int, ...]]) -> tuple[tuple[int, ...], Any]:
         """What all these prompts begin with, and its cache for as many rows; nothing where it is not known.
@@ -460,21 +508,51 @@ class _Batch:
 
     def join(self, rows: Sequence[_Row], cache: Any, logits: Any, mask: Any) -> list[_Row]:
         """Add rows that were read, and draw their first tokens; gives those that this finished."""
-        import torch
 
         self.joinable = _joinable(cache)
         self._shareable = _shareable(cache)
+        self._add(rows, cache, mask)
+        return self._advance(rows, logits)
+
+    def long(self) -> list[_Row]:
+        """The rows for whose sake the others read so many empty columns that a step of their own costs less.
+
+        A step of their own reads the weights once more.  On a CPU, that is: elsewhere a step costs its launches.
+        """
+        if not self._shareable or self._model.device.type != "cpu" or len(self.rows) < 2:
+            return []
+        ordered = sorted(row.length for row in self.rows)
+        most = LONG * ordered[len(ordered) // 2]
+        others = [length for length in ordered if length <= most]
+        saved = len(others) * (self._mask.shape[1] - others[-1]) * _column_bytes(self._cache)
+        dear = saved > self._weight_bytes + STEP_BYTES
+        return [row for row in self.rows if row.length > most] if dear else []
+
+    def take_from(self, other: _Batch, rows: Sequence[_Row]) -> list[_Row]:
+        """Take over rows of another batch; none of them finishes by that."""
+        self.joinable, self._shareable = other.joinable, other._shareable
+        self._add(rows, *other._copied(rows))
+        other._leave(set(rows))
+        return []
+
+    def _copied(self, rows: Sequence[_Row]) -> tuple[Any, Any]:
+        """The cache and the mask of some rows alone."""
+        import torch
+
+        chosen = torch.tensor([self.rows.index(row) for row in rows], device=self._mask.device)
+        cache = copy.copy(self._cache)
+        cache.layers = [copy.copy(layer) for layer in cache.layers]
+        cache.batch_select_indices(chosen)
+        return cache, self._mask.index_select(0, chosen)
+
+    def _add(self, rows: Sequence[_Row], cache: Any, mask: Any) -> None:
+        """Add rows that were read, on the right of those that are there."""
         _give_room(cache)
         if self.rows:
-            held, new = self._mask.shape[1], mask.shape[1]
-            width = max(held, new)
-            pad = torch.nn.functional.pad
-            self._mask = torch.cat([pad(self._mask, (width - held, 0)), pad(mask, (width - new, 0))])
-            _concatenate(self._cache, cache, width)
+            self._mask = _merge(self._cache, self._mask, cache, mask)
         else:
             self._cache, self._mask = cache, mask
         self.rows = [*self.rows, *rows]
-        return self._advance(rows, logits)
 
     def step(self) -> list[_Row]:
         """Decode one token for every row; gives the rows that this finished, which have left the batch."""
@@ -651,6 +729,12 @@ def _shareable(cache: Any) -> bool:
     return all(type(layer) in (DynamicLayer, _roomy_layer()) for layer in getattr(cache, "layers", [None]))
 
 
+def _column_bytes(cache: Any) -> int:
+    """The size of one token of one row in a cache whose layers all have keys and values."""
+    parts = (part for layer in cache.layers for part in (layer.keys, layer.values))
+    return sum(part.shape[1] * part.shape[3] * part.element_size() for part in parts)
+
+
 def _pad(cache: Any, count: int) -> None:
     """Add ``count`` empty columns on the left of a cache's keys and values; cut them off when negative."""
     import torch
@@ -662,10 +746,11 @@ def _pad(cache: Any, count: int) -> None:
                 layer.values = torch.nn.functional.pad(layer.values, (0, 0, count, 0))
 
 
-def _concatenate(cache: Any, other: Any, width: int) -> None:
-    """Append the rows of another cache; keys and values become ``width`` columns wide."""
+def _merge(cache: Any, mask: Any, other: Any, others: Any) -> Any:
+    """Append the rows of another cache, both as wide as the wider one then is; gives the mask of both."""
     import torch
 
+    width = max(mask.shape[1], others.shape[1])
     for layer, more in zip(cache.layers, other.layers, strict=True):
         if getattr(layer, "keys", None) is not None:
             layer.join(more, width)
@@ -674,6 +759,8 @@ def _concatenate(cache: Any, other: Any, width: int) -> None:
             for index, state in held.items():
                 if state is not None:
                     held[index] = torch.cat([state, getattr(more, states)[index]])
+    pad = torch.nn.functional.pad
+    return torch.cat([pad(each, (width - each.shape[1], 0)) for each in (mask, others)])
 
 
 def out_of_memory(error: BaseException) -> bool:

@@ -27,6 +27,7 @@ pytest.importorskip("transformers")
 from tiny_models import make_qwen3, make_qwen3_5  # noqa: E402
 
 from pytest_pocket import records  # noqa: E402
+from pytest_pocket.backends import hf  # noqa: E402
 from pytest_pocket.backends.hf import HFBackend, _draw, _Row  # noqa: E402
 from pytest_pocket.chat import (  # noqa: E402
     Cancelled,
@@ -99,6 +100,31 @@ def assert_batching_changes_nothing(backend: HFBackend) -> None:
 
 def test_a_batch_gives_what_each_request_gets_alone(backend: HFBackend) -> None:
     assert_batching_changes_nothing(backend)
+
+
+def test_rows_that_are_long_and_prompts_of_unlike_lengths_go_apart_and_change_nothing(
+    backend: HFBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hf, "STEP_BYTES", -(10**12))
+    monkeypatch.setattr(hf, "PADDING", 0)
+    taken: list[Any] = []
+    passes: list[set[int]] = []
+    take_from, read = backend._engine._apart.take_from, backend._engine._batch._read
+    monkeypatch.setattr(
+        backend._engine._apart, "take_from", lambda other, rows: taken.extend(rows) or take_from(other, rows)
+    )
+    monkeypatch.setattr(
+        backend._engine._batch, "_read", lambda prompts: passes.append({*map(len, prompts)}) or read(prompts)
+    )
+    lengths = [0, 0, 0, 40] * 3
+    requests = [ask("word " * words + str(n), max_tokens=8 + n) for n, words in enumerate(lengths)]
+    alone = [backend.chat(request) for request in requests]
+    assert not taken
+    batched = together(backend, requests)
+    assert taken
+    assert all(len(of_one_pass) == 1 for of_one_pass in passes)
+    assert [reply.completion_ids for reply in batched] == [reply.completion_ids for reply in alone]
+    assert [reply.logprob for reply in batched] == pytest.approx([reply.logprob for reply in alone], abs=1e-3)
 
 
 def test_openings_that_prompts_share_are_read_once_and_change_nothing(backend: HFBackend) -> None:
@@ -606,7 +632,7 @@ def test_no_more_than_batch_requests_run_together(model: Path) -> None:
 
     def watched() -> Any:
         nonlocal most
-        most = max(most, len(backend._engine._batch.rows))
+        most = max(most, sum(len(each.rows) for each in (backend._engine._batch, backend._engine._apart)))
         return step()
 
     backend._engine._batch.step = watched  # type: ignore[method-assign]
