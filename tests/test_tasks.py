@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import re
+import shlex
 import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -177,6 +178,27 @@ def test_damaging_the_surroundings_never_passes(name: str, damage: str, workshop
     episodes = attempts(name, workshop, lambda _: OracleThen(bash(damage)))
     assert not [e for e in episodes if e.outcome == "passed"]
     assert {e.outcome for e in episodes} <= {"wrong", "passed"}
+
+
+@pytest.mark.parametrize("name", TASKS)
+@pytest.mark.parametrize("how", ["echo x >>", "rm"])
+def test_changing_one_neighbour_and_nothing_else_never_passes(
+    name: str, how: str, workshop: Workshop
+) -> None:
+    solved = attempts(name, workshop, lambda _: OracleBackend())
+    neighbours = {
+        episode.instance.seed: path
+        for episode in solved
+        for path, text in sorted(episode.instance.files.items())
+        if path in episode.after and episode.after[path].content == text.encode()
+    }
+    assert neighbours
+    episodes = attempts(
+        name, workshop, lambda each: OracleThen(bash(f"{how} {shlex.quote(neighbours.get(each.seed, '.'))}"))
+    )
+    damaged = [episode for episode in episodes if episode.instance.seed in neighbours]
+    assert {episode.outcome for episode in damaged} == {"wrong"}
+    assert max(episode.reward for episode in damaged) <= 0.5
 
 
 @pytest.mark.parametrize("name", TASKS)
