@@ -140,6 +140,16 @@ def test_an_instance_that_equals_a_held_out_one_is_recognised() -> None:
     assert data.fingerprint(task.build(instance_seed("train", 7))) not in guarded
 
 
+def test_no_trace_is_made_of_an_instance_that_equals_a_held_out_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    task = task_list.find("read_value")
+    plan = recipe.Data(episodes_per_task=4, kinds=1.1, stumble=0.0, seed=0)
+    first, *others = [task.build(instance_seed("train", index)) for index in range(5)]
+    monkeypatch.setattr(data, "guarded", lambda names: frozenset({data.fingerprint(first)}))
+    kept, counts = data._play(("read_value", 0, 4, plan))
+    assert counts == {"equal to a held-out instance": 1, "passed": 4}
+    assert [trace.seed for trace in kept] == [instance.seed for instance in others]
+
+
 def test_traces_leave_out_the_kinds_that_the_recipe_says() -> None:
     plan = recipe.Data(episodes_per_task=6, kinds=0.5, stumble=0.0, seed=0)
     found, counts = data._play(("run_script", 0, 6, plan))
