@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import cProfile
-import importlib.util
 import json
 import pstats
 import re
@@ -36,6 +35,8 @@ from pytest_pocket.sandbox.bubblewrap import BubblewrapProvider
 from pytest_pocket.task import Check, Draw, Final, Instance, Problem, Score, Solution, Task, score
 
 TURNS = 3
+XDIST_REPEATS = 5
+"""Sessions of pytest are dear."""
 EVAL = 2 * 10**9
 CALLS = {
     "no_calls": (),
@@ -43,6 +44,45 @@ CALLS = {
     "two_calls": ("cat app.ini", "ls; cat README.md"),
 }
 """What the sandbox itself costs, with calls that start no program, and what the three of the toy's two calls add."""
+CONFTEST = """
+import sys
+import time
+
+import pytest
+
+sys.path.insert(0, {here!r})
+import bench_episodes
+from pytest_pocket import sandbox
+
+if {null}:
+    sandbox.select = lambda name: bench_episodes.NullProvider()
+
+
+class Toy(bench_episodes.Toy):
+    pass
+
+
+def pytest_pocket_tasks():
+    return [Toy()]
+
+
+def pytest_pocket_models():
+    return [bench_episodes.MODEL]
+
+
+def pytest_pocket_backends():
+    return {{"scripted": lambda model: bench_episodes.Instant()}}
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtestloop():
+    wall, cpu = time.perf_counter(), time.process_time()
+    result = yield
+    wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+    open("seconds", "w").write(f"{{wall}} {{cpu}}")
+    return result
+"""
+"""A project whose one task is the toy; it notes how long the tests took, without start and summary."""
 
 
 class Toy(Task):
@@ -164,24 +204,27 @@ def sandbox_milliseconds(count: int, *scripts: str) -> tuple[float, float]:
     return 1000 * (cpu_seconds() - cpu) / count, 1000 * (time.perf_counter() - wall) / count
 
 
-def xdist_episodes(workers: int, runs: int) -> float | None:
-    """Episodes per second of the oracle on the 19 tasks through pytest, less its start, if it can run."""
-    if not all(map(importlib.util.find_spec, ("xdist", "pytest_pocket.plugin"))):
-        return None
+def toy_project(folder: Path, *, null: bool) -> None:
+    """A project with the toy and its instant model; with ``null`` its sandbox is in memory."""
+    (folder / "conftest.py").write_text(CONFTEST.format(here=str(Path(__file__).parent), null=null))
+
+
+def xdist_episodes(workers: int, count: int) -> float:
+    """Episodes per second through pytest, less its start."""
 
     def seconds(runs: int) -> float:
-        command = [sys.executable, "-m", "pytest", "-q", "--pyargs", "pytest_pocket.tasks", f"-n{workers}"]
-        command += ["--pocket-model=oracle", "--pocket-prompt=raw", f"--pocket-runs={runs}"]
-        with tempfile.TemporaryDirectory() as folder:
+        with tempfile.TemporaryDirectory() as name:
+            toy_project(Path(name), null=False)
+            command = [sys.executable, "-m", "pytest", "-q", ".", f"-n{workers}", "--pocket-model=instant"]
+            command += ["--pocket-prompt=full", f"--pocket-runs={runs}", "--pocket-records=run"]
             start = time.perf_counter()
-            command.append(f"--pocket-records={folder}/run")
-            done = subprocess.run(command, capture_output=True, text=True)
+            done = subprocess.run(command, capture_output=True, text=True, cwd=name)
             taken = time.perf_counter() - start
         if done.returncode:
             raise SystemExit(f"pytest -n {workers} failed:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
         return taken
 
-    return 19 * (runs - 1) / (seconds(runs) - seconds(1))
+    return count / (seconds(count + workers) - seconds(workers))
 
 
 def measure(count: int, repeats: int) -> dict[str, list[float]]:
@@ -204,8 +247,8 @@ def measure(count: int, repeats: int) -> dict[str, list[float]]:
                 cpu, wall = sandbox_milliseconds(count // 2, *scripts)
                 found.setdefault(f"sandbox_{label}_cpu_ms", []).append(cpu)
                 found.setdefault(f"sandbox_{label}_wall_ms", []).append(wall)
-            if repeat < 2 and (rate := xdist_episodes(2, 6)):
-                found.setdefault("oracle_19_tasks_n2_episodes_per_s", []).append(rate)
+            if repeat < XDIST_REPEATS:
+                found.setdefault("xdist_2_episodes_per_s", []).append(xdist_episodes(2, 4 * count))
     return found
 
 
@@ -238,7 +281,7 @@ def main() -> None:
         "ratios_to_serial": {
             label: round(value / serial, 3)
             for label, value in medians.items()
-            if label.startswith("in_flight")
+            if label.startswith(("in_flight", "xdist"))
         },
         "samples": {label: [round(value, 3) for value in values] for label, values in samples.items()},
         "setting": where,

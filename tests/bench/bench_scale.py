@@ -20,9 +20,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from bench_episodes import toy_project
 from setting import setting, write
 
-HERE = Path(__file__).parent
 LIMITS = {
     "episodes_peak_mib": 300,
     "slowdown_100_to_10000": 1.1,
@@ -32,45 +32,6 @@ LIMITS = {
     "unused_ms": 20,
 }
 SIZES = (100, 1_000, 10_000)
-CONFTEST = """
-import sys
-import time
-
-import pytest
-
-sys.path.insert(0, {here!r})
-import bench_episodes
-from pytest_pocket import sandbox
-
-if {null}:
-    sandbox.select = lambda name: bench_episodes.NullProvider()
-
-
-class Toy(bench_episodes.Toy):
-    pass
-
-
-def pytest_pocket_tasks():
-    return [Toy()]
-
-
-def pytest_pocket_models():
-    return [bench_episodes.MODEL]
-
-
-def pytest_pocket_backends():
-    return {{"scripted": lambda model: bench_episodes.Instant()}}
-
-
-@pytest.hookimpl(wrapper=True, tryfirst=True)
-def pytest_runtestloop():
-    wall, cpu = time.perf_counter(), time.process_time()
-    result = yield
-    wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
-    open("seconds", "w").write(f"{{wall}} {{cpu}}")
-    return result
-"""
-"""A project whose one task is the toy; it notes how long the tests took, without start and summary."""
 
 
 @dataclass(frozen=True)
@@ -111,7 +72,7 @@ def pytest(*words: str, folder: Path | str = ".", plugin: bool = True) -> Cost:
 def episodes(count: int, sandbox: str) -> dict[str, float]:
     """A session of so many episodes: how many a second, and its peak of memory."""
     with tempfile.TemporaryDirectory() as name:
-        Path(name, "conftest.py").write_text(CONFTEST.format(here=str(HERE), null=sandbox == "null"))
+        toy_project(Path(name), null=sandbox == "null")
         words = [f"--pocket-runs={count}", "--pocket-model=instant", "--pocket-prompt=raw"]
         words += ["--pocket-records=run", *([] if sandbox == "null" else [f"--pocket-sandbox={sandbox}"])]
         taken = pytest(".", *words, folder=name)
