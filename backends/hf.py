@@ -508,7 +508,6 @@ class _Batch:
 
     def join(self, rows: Sequence[_Row], cache: Any, logits: Any, mask: Any) -> list[_Row]:
         """Add rows that were read, and draw their first tokens; gives those that this finished."""
-
         self.joinable = _joinable(cache)
         self._shareable = _shareable(cache)
         self._add(rows, cache, mask)
@@ -530,7 +529,6 @@ class _Batch:
 
     def take_from(self, other: _Batch, rows: Sequence[_Row]) -> list[_Row]:
         """Take over rows of another batch; none of them finishes by that."""
-        self.joinable, self._shareable = other.joinable, other._shareable
         self._add(rows, *other._copied(rows))
         other._leave(set(rows))
         return []

@@ -120,7 +120,11 @@ def test_rows_that_are_long_and_prompts_of_unlike_lengths_go_apart_and_change_no
     requests = [ask("word " * words + str(n), max_tokens=8 + n) for n, words in enumerate(lengths)]
     alone = [backend.chat(request) for request in requests]
     assert not taken
-    batched = together(backend, requests)
+    # Rows meet only where threads are quick enough.
+    for _ in range(20):
+        batched = together(backend, requests)
+        if taken:
+            break
     assert taken
     assert all(len(of_one_pass) == 1 for of_one_pass in passes)
     assert [reply.completion_ids for reply in batched] == [reply.completion_ids for reply in alone]

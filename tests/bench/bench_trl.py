@@ -265,10 +265,10 @@ def trl_grpo(parent: str, instances: int, steps: int) -> dict[str, float]:
     table: dict[str, float] = {}
     with tempfile.TemporaryDirectory() as folder:
         settings = GRPOConfig(
-            folder, per_device_train_batch_size=GROUP, gradient_accumulation_steps=instances, num_generations=GROUP, max_steps=steps,
-            max_completion_length=ROOM, generation_kwargs={"max_new_tokens": plan.reply_tokens},
-            max_tool_calling_iterations=plan.turns - 1, learning_rate=1e-4, temperature=1.0, beta=0.0, report_to=[], save_strategy="no", logging_steps=1, use_cpu=True, bf16=False,
-            gradient_checkpointing=False, disable_tqdm=True,
+            folder, per_device_train_batch_size=GROUP, gradient_accumulation_steps=instances, num_generations=GROUP,
+            max_steps=steps, max_completion_length=ROOM, generation_kwargs={"max_new_tokens": plan.reply_tokens},
+            max_tool_calling_iterations=plan.turns - 1, learning_rate=1e-4, temperature=1.0, beta=0.0, report_to=[],
+            save_strategy="no", logging_steps=1, use_cpu=True, bf16=False, gradient_checkpointing=False, disable_tqdm=True,
         )  # fmt: skip
         trainer = GRPOTrainer(
             model,
