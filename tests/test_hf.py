@@ -14,8 +14,9 @@ import threading
 import time
 import weakref
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +28,9 @@ pytest.importorskip("transformers")
 from tiny_models import make_qwen3, make_qwen3_5  # noqa: E402
 
 from pytest_pocket import records  # noqa: E402
-from pytest_pocket.backends import hf  # noqa: E402
-from pytest_pocket.backends.hf import HFBackend, _draw, _Row  # noqa: E402
+from pytest_pocket.backends import batch  # noqa: E402
+from pytest_pocket.backends.batch import Row, draw  # noqa: E402
+from pytest_pocket.backends.hf import HFBackend  # noqa: E402
 from pytest_pocket.chat import (  # noqa: E402
     Cancelled,
     ChatReply,
@@ -102,46 +104,81 @@ def test_a_batch_gives_what_each_request_gets_alone(backend: HFBackend) -> None:
     assert_batching_changes_nothing(backend)
 
 
-def test_rows_that_are_long_and_prompts_of_unlike_lengths_go_apart_and_change_nothing(
+def test_rows_that_are_long_go_apart_and_come_back_and_change_nothing(
     backend: HFBackend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(hf, "STEP_BYTES", -(10**12))
-    monkeypatch.setattr(hf, "PADDING", 0)
-    taken: list[Any] = []
+    monkeypatch.setattr(batch, "PADDING", 0)
+    together_, apart = backend._engine._batch, backend._engine._apart
+    moved: list[Any] = []
     passes: list[set[int]] = []
-    take_from, read = backend._engine._apart.take_from, backend._engine._batch._read
+
+    def moves(to: Any) -> Callable[..., Any]:
+        take_from = to.take_from
+
+        def take(other: Any, rows: Any) -> Any:
+            moved.append((to, len(rows)))
+            if back:
+                monkeypatch.setattr(batch, "STEP_BYTES", 10**12)  # from now on a step apart is dear
+            return take_from(other, rows)
+
+        return take
+
+    read = together_._read
+    monkeypatch.setattr(apart, "take_from", moves(apart))
+    monkeypatch.setattr(together_, "take_from", moves(together_))
     monkeypatch.setattr(
-        backend._engine._apart, "take_from", lambda other, rows: taken.extend(rows) or take_from(other, rows)
+        together_, "_read", lambda known: passes.append({len(each.rest) for each in known}) or read(known)
     )
-    monkeypatch.setattr(
-        backend._engine._batch, "_read", lambda prompts: passes.append({*map(len, prompts)}) or read(prompts)
-    )
-    lengths = [0, 0, 0, 40] * 3
-    requests = [ask("word " * words + str(n), max_tokens=8 + n) for n, words in enumerate(lengths)]
+    requests = [ask("word " * words + str(n), max_tokens=8 + n) for n, words in enumerate([0, 0, 0, 40] * 3)]
+    back = False
     alone = [backend.chat(request) for request in requests]
-    assert not taken
-    # Rows meet only where threads are quick enough.
-    for _ in range(20):
-        batched = together(backend, requests)
-        if taken:
-            break
-    assert taken
+    assert not moved
+    for back in (False, True):
+        # Rows meet only where threads are quick enough.
+        for _ in range(20):
+            monkeypatch.setattr(batch, "STEP_BYTES", -(10**12))
+            moved.clear()
+            backend._engine.forget()
+            batched = together(backend, requests)
+            if (together_ if back else apart) in [to for to, _ in moved]:
+                break
+        assert moved[0][0] is apart
+        assert back == (together_ in [to for to, _ in moved])
+        assert all(rows for _, rows in moved)
+        assert [reply.completion_ids for reply in batched] == [reply.completion_ids for reply in alone]
+        assert [r.logprob for r in batched] == pytest.approx([reply.logprob for reply in alone], abs=1e-3)
     assert all(len(of_one_pass) == 1 for of_one_pass in passes)
-    assert [reply.completion_ids for reply in batched] == [reply.completion_ids for reply in alone]
-    assert [reply.logprob for reply in batched] == pytest.approx([reply.logprob for reply in alone], abs=1e-3)
 
 
-def test_openings_that_prompts_share_are_read_once_and_change_nothing(backend: HFBackend) -> None:
+@pytest.fixture
+def read_tokens(backend: HFBackend, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many tokens of prompts each pass reads, padding among them."""
+    passes: list[int] = []
+    forward = backend._engine._batch._forward
+
+    def watched(ids: Any, mask: Any, cache: Any) -> Any:
+        if cache is None or ids.shape[1] > 1:
+            passes.append(ids.numel())
+        return forward(ids, mask, cache)
+
+    monkeypatch.setattr(backend._engine._batch, "_forward", watched)
+    return passes
+
+
+def test_openings_that_prompts_share_are_read_once_and_change_nothing(
+    backend: HFBackend, read_tokens: list[int]
+) -> None:
     opening = "The same words open every prompt of a run. " * 8
     requests = [ask(opening + "x " * (number % 5) + str(number), max_tokens=12) for number in range(12)]
-    together(backend, requests[:2])  # the first join shows whether the cache can be shared
-    batch = backend._engine._batch
-    batch._openings = []  # of other tests
-    fresh = [backend.chat(request) for request in requests]
-    assert not batch._openings  # one prompt alone opens with nothing in common
+    fresh = []
+    for request in requests:
+        backend._engine.forget()
+        fresh.append(backend.chat(request))
+        assert not backend._engine._kept.conversations  # nothing in common with others, and the reply was cut
+    read_tokens.clear()
     shared = [*together(backend, requests), *map(backend.chat, requests)]
-    assert batch._openings
-    assert all(len(ids) >= 32 for ids, _ in batch._openings)
+    assert backend._engine._kept.conversations
+    assert sum(read_tokens) < 24 * fresh[0].prompt_tokens / 2
     assert [reply.completion_ids for reply in shared] == [reply.completion_ids for reply in fresh] * 2
     assert [reply.logprob for reply in shared] == pytest.approx([r.logprob for r in fresh] * 2, abs=1e-3)
 
@@ -151,11 +188,71 @@ def test_a_prompt_that_is_no_longer_than_a_known_opening_is_read_all_the_same(ba
     # Many, so that while the first is read others wait, and then join in one step.
     for _ in range(20):
         together(backend, [ask(words), ask(words + "more")] * 8)
-        if backend._engine._batch._openings:
+        if backend._engine._kept.conversations:
             break
     first, *others = together(backend, [ask(words), ask(words + "more"), ask(words)])[::2]
-    assert backend._engine._batch._openings
+    assert backend._engine._kept.conversations
     assert {reply.completion_ids for reply in others} == {first.completion_ids}
+
+
+@pytest.fixture
+def talkative(backend: HFBackend, monkeypatch: pytest.MonkeyPatch) -> Iterator[HFBackend]:
+    """A model that ends its turns: by one of every four tokens, its weights being random."""
+    ends = frozenset(range(3, len(backend._tokenizer), 4))
+    for each in (backend._engine._batch, backend._engine._apart):
+        monkeypatch.setattr(each, "_stop_ids", ends)
+    backend._engine.forget()
+    yield backend
+    backend._engine.forget()
+
+
+def next_turn(request: ChatRequest, reply: ChatReply, result: str) -> ChatRequest:
+    answer = Message("tool", result, name="Read")
+    return replace(request, messages=(*request.messages, reply.message(), answer))
+
+
+def test_of_a_later_turn_only_what_is_new_is_read(talkative: HFBackend, read_tokens: list[int]) -> None:
+    request = ask("Read the file and say what is in it. " * 4, max_tokens=200)
+    for turn in range(4):
+        reply = talkative.chat(request)
+        assert reply.finish == "stop"
+        (kept,) = talkative._engine._kept.conversations
+        assert kept.tokens == (*reply.prompt_ids, *reply.completion_ids[:-1])
+        request = next_turn(request, reply, f"line {turn}")
+        read_tokens.clear()
+        asked = talkative.chat(replace(request, sampling=Sampling(max_tokens=1)))
+        known = len(os.path.commonprefix([kept.tokens, asked.prompt_ids]))  # noqa: RUF071 - of token ids
+        assert read_tokens == [asked.prompt_tokens - known]
+        assert read_tokens[0] < asked.prompt_tokens / 3
+
+
+def test_conversations_that_go_on_together_get_what_each_gets_from_its_first_word(
+    talkative: HFBackend,
+) -> None:
+    def talk(number: int) -> list[ChatReply]:
+        request = ask(
+            "word " * (number * 7 % 40) + str(number), max_tokens=40, temperature=number % 2, seed=number
+        )
+        replies = []
+        for turn in range(3):
+            replies.append(talkative.chat(request))
+            request = next_turn(request, replies[-1], "x " * (number * 5 % 30) + str(turn))
+        return replies
+
+    alone = []
+    for number in range(24):
+        talkative._engine.forget()
+        alone.append(talk(number))
+    talkative._engine.forget()
+    with ThreadPoolExecutor(12) as threads:
+        batched = list(threads.map(talk, range(24)))
+    for ours, theirs in zip(batched, alone, strict=True):
+        assert [reply.completion_ids for reply in ours] == [reply.completion_ids for reply in theirs]
+        assert [r.logprob for r in ours] == pytest.approx([r.logprob for r in theirs], abs=1e-3)
+    assert (
+        sum(len(each.tokens) for each in talkative._engine._kept.conversations)
+        <= talkative._engine._kept._most
+    )
 
 
 def test_a_qwen3_5_model_with_linear_attention_works_the_same(tmp_path: Path) -> None:
@@ -214,8 +311,8 @@ def test_sampled_frequencies_match_the_softmax(temperature: float) -> None:
     logits = torch.tensor([0.0, 1.0, 2.0, -1.0, 0.5, -math.inf])
     draws = 20_000
     rng = random.Random(17)
-    rows = [_Row([], 1, temperature, rng.random, None) for _ in range(draws)]  # type: ignore[arg-type]
-    tokens, logprobs = _draw(logits.expand(draws, -1).clone(), rows)
+    rows = [Row([], 1, temperature, rng.random, None) for _ in range(draws)]  # type: ignore[arg-type]
+    tokens, logprobs = draw(logits.expand(draws, -1).clone(), rows)
     expected = (logits / temperature).softmax(-1).double()
     counts = Counter(tokens)
     assert counts[5] == 0
@@ -226,8 +323,8 @@ def test_sampled_frequencies_match_the_softmax(temperature: float) -> None:
 
 def test_rows_of_one_batch_keep_their_own_temperature() -> None:
     logits = torch.tensor([[0.0, 9.0, 0.0]]).repeat(3, 1)
-    rows = [_Row([], 1, temperature, lambda: 0.0, None) for temperature in (0.0, 1e-300, 1e6)]  # type: ignore[arg-type]
-    assert _draw(logits, rows)[0] == [1, 1, 0]
+    rows = [Row([], 1, temperature, lambda: 0.0, None) for temperature in (0.0, 1e-300, 1e6)]  # type: ignore[arg-type]
+    assert draw(logits, rows)[0] == [1, 1, 0]
 
 
 def test_a_reply_ends_at_max_tokens(backend: HFBackend) -> None:
@@ -377,7 +474,7 @@ def test_a_tokenizers_own_response_template_reads_a_spelling_that_ours_does_not(
     backend = HFBackend(str(copy), device="cpu")
     backend.close()
     reply = 'Look.[CALL]{"name": "Read", "arguments": {"file_path": "a"}}[END]'
-    row = _Row([], 1, 0.0, float, None, tokens=backend._tokenizer.encode(reply))  # type: ignore[arg-type]
+    row = Row([], 1, 0.0, float, None, tokens=backend._tokenizer.encode(reply))  # type: ignore[arg-type]
     parsed = backend._parse("<|im_start|>assistant\n<think></think>", row, ask())
     assert (parsed.content, parsed.calls) == ("Look.", (ToolCall("Read", {"file_path": "a"}),))
 
@@ -536,14 +633,16 @@ class Fault:
     def __init__(self, model: Any) -> None:
         self.model = model
         self.error: Exception | None = None
+        self.once = False
         self.nan = False
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.model, name)
 
     def __call__(self, **inputs: Any) -> Any:
-        if self.error:
-            raise self.error
+        if error := self.error:
+            self.error = None if self.once else error
+            raise error
         output = self.model(**inputs)
         if self.nan:
             output.logits.fill_(math.nan)
@@ -575,6 +674,19 @@ def test_an_engines_fault_reaches_every_request_and_the_engine_lives_on(
             future.result()
     fault.error = None
     assert backend.chat(ask(max_tokens=2)).completion_tokens == 2
+
+
+def test_what_is_kept_makes_room_before_a_prompt_finds_no_memory(
+    talkative: HFBackend, fault: Fault, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    talkative.chat(ask("word " * 40, max_tokens=200))
+    assert talkative._engine._kept.conversations
+    fault.error, fault.once = RuntimeError("CUDA out of memory. Tried to allocate"), True
+    assert talkative.chat(ask(max_tokens=1)).completion_tokens == 1
+    assert not talkative._engine._kept.conversations
+    fault.error = RuntimeError("CUDA out of memory. Tried to allocate")
+    with pytest.raises(EngineError, match="reduce --pocket-in-flight"):
+        talkative.chat(ask(max_tokens=1))
 
 
 def test_a_fault_in_the_middle_of_replies_reaches_them_all(backend: HFBackend, fault: Fault) -> None:

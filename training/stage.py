@@ -10,7 +10,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from pytest_pocket.backends.hf import out_of_memory
+from pytest_pocket.backends.memory import out_of_memory
 from pytest_pocket.export import ExportError
 from pytest_pocket.records import RecordsError
 from pytest_pocket.registry import ModelError, sha256_json
