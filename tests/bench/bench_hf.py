@@ -130,6 +130,7 @@ def whole_episodes(backend: HFBackend, repeats: int) -> dict[str, Any]:
     passed = set()
     for _ in range(repeats):
         for way, (engine, threads) in ways.items():
+            backend.weights_changed()
             start = time.perf_counter()
             played = episodes(engine, "dev", PLAYED, Condition("raw"), threads)
             rates[way].append(round(len(played) / (time.perf_counter() - start), 2))
@@ -156,6 +157,7 @@ def measure(model: str, repeats: int) -> dict[str, Any]:
     count = len(requests())
     for repeat in range(repeats + 1):
         for way in ways:
+            backend.weights_changed()  # or every repeat's prompts would be known from the one before
             start = time.perf_counter()
             way(backend)
             if repeat:  # the first is for warming up
