@@ -6,8 +6,8 @@ import gc
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether an error means that there is too little memory: torch has no one class for it."""
-    said = ("out of memory", "allocate memory")
+    """Whether an error means that there is too little memory: there is no one class for it."""
+    said = ("out of memory", "allocate memory", "failed to map segment")
     return isinstance(error, MemoryError) or any(words in str(error) for words in said)
 
 

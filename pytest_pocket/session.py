@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from pytest_pocket import records, sandbox, task_list
 from pytest_pocket.attempt import Attempt, Cell, attempt, kept
+from pytest_pocket.backends.memory import out_of_memory
 from pytest_pocket.chat import Backend, Cancelled, ChatReply, ChatRequest
 from pytest_pocket.episode import Workshop
 from pytest_pocket.openings import several
@@ -298,9 +299,11 @@ class Session:
             return self.registry.build(model)
         except (ModelError, Cancelled):
             raise
-        except MemoryError:
-            raise ModelError(f"model {model.name!r} does not fit into memory: choose a smaller one") from None
         except Exception as error:
+            if out_of_memory(error):
+                raise ModelError(
+                    f"model {model.name!r} does not fit into memory: choose a smaller one"
+                ) from None
             reason = f"{type(error).__name__}: {error}".strip().splitlines()[0]
             raise ModelError(
                 f"cannot load model {model.name!r} ({model.backend}:{model.target}): {reason}"

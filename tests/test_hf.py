@@ -617,6 +617,25 @@ def test_too_little_memory_to_load_a_model_is_one_clear_line(
     assert "no memory to load model" in refusal(model)
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a process's memory is not limited so")
+def test_a_session_without_memory_for_torch_ends_with_one_clear_line(tmp_path: Path, model: Path) -> None:
+    library = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
+    kib = library.stat().st_size // 1024
+    command = (
+        f'ulimit -v {kib} && exec "$0" -m pytest -q -p no:cacheprovider --pyargs pytest_pocket.tasks "$@"'
+    )
+    done = subprocess.run(
+        ["bash", "-c", command, sys.executable, f"--pocket-model=hf:{model}", "--pocket-records=run"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == pytest.ExitCode.USAGE_ERROR
+    assert "does not fit into memory: choose a smaller one" in done.stderr + done.stdout
+    assert "Traceback" not in done.stderr + done.stdout
+    assert not any(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("options", [{"dtype": "float3"}, {"batch": 0}])
 def test_options_out_of_range_are_one_clear_line(model: Path, options: dict[str, Any]) -> None:
     assert str(*options.values()) in refusal(model, **options)
