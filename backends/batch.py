@@ -18,6 +18,7 @@ from pytest_pocket.backends.cache import (
     OPENING_TOKENS,
     Kept,
     Known,
+    close_gaps,
     column_bytes,
     cut,
     give_room,
@@ -34,7 +35,11 @@ JOIN_SHARE = 4
 JOIN_STEPS = 8
 """No request waits for longer than this many steps, if there is room in the batch."""
 PADDING = 128
-"""Prompts of unlike lengths are read apart where they would be padded by more tokens than these."""
+"""Prompts of unlike lengths are read apart where the work of more tokens than these would be lost in padding."""
+LAUNCHES = 32
+"""So many times more may be lost on what is not a CPU: there a pass costs its launches."""
+ATTENDED = 512
+"""To look back at so many columns costs a token as much as all else that it goes through; in larger models more."""
 LONG = 2
 """A row is long that is so many times as long as the one in the middle."""
 STEP_BYTES = 2**24
@@ -155,12 +160,22 @@ class Engine:
     def _step(self) -> None:
         """One token for every row."""
         if long := self._batch.long():
-            self._work(self._batch, lambda: self._apart.take_from(self._batch, long))
+            self._move(self._batch, self._apart, long)
         elif self._batch.saved_by(self._apart) < 0:
-            self._work(self._batch, lambda: self._batch.take_from(self._apart, self._apart.rows))
+            self._move(self._apart, self._batch, self._apart.rows)
         for batch in (self._batch, self._apart):
             if batch.rows:
                 self._work(batch, batch.step)
+
+    def _move(self, batch: Batch, other: Batch, rows: list[Row]) -> None:
+        """Let rows go over to another batch.  A fault ends every row of both."""
+        running = [*batch.rows, *other.rows]
+        try:
+            other.take_from(batch, rows)
+        except Exception as error:
+            batch.clear()
+            other.clear()
+            self._fail(running, error)
 
     def _work(self, batch: Batch, advance: Callable[[], list[Row]], joining: Sequence[Row] = ()) -> None:
         """Let a batch advance, and resolve what that finished.  A fault ends every row of it."""
@@ -176,7 +191,8 @@ class Engine:
                 self._resolve(row, _not_a_number() if math.isnan(row.logprob) else None)
 
     def _fail(self, rows: Iterable[Row], error: Exception) -> None:
-        self._kept.clear()
+        if out_of_memory(error):
+            self._kept.clear()
         with self._changed:
             for row in rows:
                 self._resolve(row, _engine_error(error))
@@ -207,6 +223,7 @@ class Batch:
         parameters = inspect.signature(_forward_of(model)).parameters
         self._options = {"logits_to_keep": 1} if "logits_to_keep" in parameters else {}
         self._positions = "position_ids" in parameters
+        self._lasting = self._positions and _lasting_keys(model)
         self.clear()
         self.joinable = True
         self._shareable = False
@@ -236,11 +253,7 @@ class Batch:
         wanted: dict[tuple[int, ...], list[Row]] = {}
         for row in rows:
             wanted.setdefault(tuple(row.prompt), []).append(row)
-        if self._shareable:
-            self._learn(wanted)
-            known = sorted(map(self._kept.known, wanted), key=lambda each: len(each.rest))
-        else:
-            known = [Known(prompt) for prompt in wanted]
+        known = self._known(wanted)
         first, *others = self._alike(known)
         cache, logits, mask = self._read(first)
         for part in others:
@@ -252,37 +265,45 @@ class Batch:
         if len(known) < len(rows):
             chosen = [number for number, each in enumerate(known) for _ in wanted[each.prompt]]
             rows_of = torch.tensor(chosen, device=mask.device)
-            cache.batch_select_indices(rows_of)
+            cache.reorder_cache(rows_of)
             logits, mask = logits[rows_of], mask[rows_of]
         return ordered, cache, logits, mask
 
-    def _learn(self, prompts: Iterable[tuple[int, ...]]) -> None:
-        """Read what prompts of which nothing is known have in common (system prompt, tools), and keep it."""
+    def _known(self, prompts: Iterable[tuple[int, ...]]) -> list[Known]:
+        """What is known of prompts, those with the least to read first.
+
+        What those of which the least is known have in common beyond that (system prompt, tools) is read before.
+        A state that is not a column a token (linear attention) cannot have padding after it: of prompts of such
+        models nothing is known.
+        """
         import torch
 
-        new = [prompt[:-1] for prompt in prompts if not self._kept.known(prompt).length]
+        if not self._shareable:
+            return [Known(prompt) for prompt in prompts]
+        known = [self._kept.known(prompt) for prompt in prompts]
+        least = min(each.length for each in known)
+        new = [each.prompt[:-1] for each in known if each.length == least]
         shared = tuple(os.path.commonprefix(new))  # noqa: RUF071 - of token ids
-        if len(new) > 1 and len(shared) >= OPENING_TOKENS:
+        if len(new) > 1 and len(shared) - least >= OPENING_TOKENS:
             ids = torch.tensor([shared], device=self._model.device)
             cache, _, mask = self._forward(ids, torch.ones_like(ids), None)
             self._kept.add(shared, cache, 0, mask[0])
+            known = [self._kept.known(prompt) for prompt in prompts]
+        return sorted(known, key=lambda each: (len(each.rest), each.length))
 
     def _alike(self, known: Sequence[Known]) -> Iterator[Sequence[Known]]:
-        """Prompts in parts whose padding costs less than another pass: those with little to read come first."""
-        start = padding = 0
-        for end in range(1, len(known)):
-            padding += (end - start) * (len(known[end].rest) - len(known[end - 1].rest))
-            if padding > PADDING and self._shareable and self._model.device.type == "cpu":
-                yield known[start:end]
-                start, padding = end, 0
-        yield known[start:]
+        """Prompts, those with the least to read first, in parts whose padding costs less than another pass."""
+        allowed = PADDING * (1 if self._model.device.type == "cpu" else LAUNCHES)
+        part: list[Known] = []
+        for each in known:
+            if part and self._shareable and _lost([*part, each]) > allowed:
+                yield part
+                part = []
+            part.append(each)
+        yield part
 
     def _read(self, known: Sequence[Known]) -> tuple[Any, Any, Any]:
-        """Run what is not known of prompts through the model in one pass.
-
-        A state that is not a column a token (linear attention) cannot have padding after it, so nothing is
-        known of prompts of such models.
-        """
+        """Run what is not known of prompts through the model in one pass."""
         import torch
 
         seen = max(each.length for each in known)
@@ -299,7 +320,10 @@ class Batch:
             ],
             device=device,
         )
-        return self._forward(ids, mask, self._kept.cache(known, seen, width) if seen else None)
+        if not seen:
+            return self._forward(ids, mask, None)
+        cache, logits, mask = self._forward(ids, mask, self._kept.cache(known, seen, width))
+        return cache, logits, close_gaps(cache, mask)
 
     def join(self, rows: Sequence[Row], cache: Any, logits: Any, mask: Any) -> list[Row]:
         """Add rows that were read, and draw their first tokens; gives those that this finished."""
@@ -332,11 +356,10 @@ class Batch:
         """What rows do not read if they are so many columns narrower, less what a step of their own reads."""
         return rows * columns * column_bytes(self._cache) - share * (self._weight_bytes + STEP_BYTES)
 
-    def take_from(self, other: Batch, rows: Sequence[Row]) -> list[Row]:
-        """Take over rows of another batch; none of them finishes by that."""
+    def take_from(self, other: Batch, rows: Sequence[Row]) -> None:
+        """Take over rows of another batch."""
         self._add(rows, *other._copied(rows))
         other._leave(set(rows))
-        return []
 
     def _copied(self, rows: Sequence[Row]) -> tuple[Any, Any]:
         """The cache and the mask of some rows alone."""
@@ -351,14 +374,13 @@ class Batch:
     def _add(self, rows: Sequence[Row], cache: Any, mask: Any) -> None:
         """Add rows that were read, on the right of those that are there."""
         self.joinable = joinable(cache)
-        self._shareable = shareable(cache)
+        self._shareable = self._lasting and shareable(cache)
         give_room(cache)
         if self.rows:
             self._mask = merge(self._cache, self._mask, cache, mask)
         else:
             self._cache, self._mask = cache, mask
         self.rows = [*self.rows, *rows]
-        self._kept.allow(len(self.rows) * self._mask.shape[1])
 
     def step(self) -> list[Row]:
         """Decode one token for every row; gives the rows that this finished, which have left the batch."""
@@ -402,11 +424,8 @@ class Batch:
         return finished
 
     def _leave(self, gone: set[Row]) -> None:
-        """Take rows out.  The last ones move to their places, so that the others need not be copied."""
-        if self._shareable:
-            for index, row in enumerate(self.rows):
-                if row in gone and row.finish == "stop" and not math.isnan(row.logprob):
-                    self._kept.add((*row.prompt, *row.tokens[:-1]), self._cache, index, self._mask[index])
+        """Take rows out: what ended its turn is kept.  The last rows move to their places, and no other is copied."""
+        self._keep(gone)
         stay = len(self.rows) - len(gone)
         if not stay:
             self.clear()
@@ -417,6 +436,26 @@ class Batch:
         self._mask = take(self._cache, self._mask, order)
         if self.joinable:
             self._mask = cut(self._cache, self._mask)
+
+    def _keep(self, gone: set[Row]) -> None:
+        """Keep the conversations that may go on, if there is memory for it."""
+        if not self._shareable:
+            return
+        self._kept.allow(len(self.rows) * self._mask.shape[1])
+        for index, row in enumerate(self.rows):
+            if row in gone and row.finish == "stop" and not math.isnan(row.logprob):
+                try:
+                    self._kept.add((*row.prompt, *row.tokens[:-1]), self._cache, index, self._mask[index])
+                except Exception as error:
+                    if not out_of_memory(error):
+                        raise
+                    self._kept.clear()
+
+
+def _lost(known: Sequence[Known]) -> float:
+    """How many tokens' work is lost in the padding of prompts that are read in one pass."""
+    width, seen = max(len(each.rest) for each in known), max(each.length for each in known)
+    return sum(width - len(each.rest) + width * (seen - each.length) / ATTENDED for each in known)
 
 
 def draw(logits: Any, rows: Sequence[Row]) -> tuple[list[int], list[float]]:
@@ -453,6 +492,13 @@ def _engine_error(error: Exception) -> EngineError:
 
 def _not_a_number() -> EngineError:
     return EngineError("the model computed not-a-number; try dtype float32")
+
+
+def _lasting_keys(model: Any) -> bool:
+    """Whether a key stays right while its row grows: the frequencies of some models change with the length."""
+    told = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
+    each = (told, *(value for value in told.values() if isinstance(value, dict)))
+    return not any(str(value.get("rope_type")) in ("dynamic", "longrope") for value in each)
 
 
 def _forward_of(model: Any) -> Any:

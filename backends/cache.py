@@ -1,8 +1,7 @@
 """The key-value cache of a batch: rows that join and leave without copies of the others, and conversations kept read.
 
 Keys and values are tensors of shape [rows, heads, columns, size]; a mask of shape [rows, columns] says which
-columns hold a token.  A column is a token's, or empty: on the left of a shorter row, and within a row where
-its prompt was read beside longer ones.
+columns hold a token.  Those on the left of a shorter row are empty.
 """
 
 from __future__ import annotations
@@ -119,14 +118,15 @@ def joinable(cache: Any) -> bool:
         cache_utils.DynamicLayer,
         getattr(cache_utils, "LinearAttentionLayer", cache_utils.DynamicLayer),
     }
-    return all(type(layer) in known for layer in getattr(cache, "layers", [None]))
+    # A class of its own may hold states beside its layers.
+    return type(cache) is cache_utils.DynamicCache and all(type(layer) in known for layer in cache.layers)
 
 
 def shareable(cache: Any) -> bool:
     """Whether every token is a column of its own, so that a row can begin with the columns of another."""
     from transformers.cache_utils import DynamicLayer
 
-    return all(type(layer) in (DynamicLayer, _roomy_layer()) for layer in getattr(cache, "layers", [None]))
+    return joinable(cache) and all(isinstance(layer, DynamicLayer) for layer in cache.layers)
 
 
 def column_bytes(cache: Any) -> int:
@@ -183,6 +183,17 @@ def cut(cache: Any, mask: Any) -> Any:
     return mask[:, empty:]
 
 
+def close_gaps(cache: Any, mask: Any) -> Any:
+    """Move the tokens of each row together, to the right, in place; gives the mask that is then right."""
+    closed = mask.sort(1).values
+    for row in (closed != mask).any(1).nonzero().flatten().tolist():
+        columns = mask[row].nonzero().squeeze(-1)
+        for layer in cache.layers:
+            for held in (layer.keys, layer.values):
+                held[row, :, -len(columns) :] = held[row].index_select(1, columns)
+    return closed
+
+
 def _unused(mask: Any) -> int:
     """How many columns on the left are empty in every row."""
     return int(mask.argmax(1).min())
@@ -213,8 +224,8 @@ class Conversation:
 class Kept:
     """Conversations that were read, so that the next turn of each reads only what is new to it.
 
-    They may have as many tokens as there were columns in a batch at most: the memory that they take is no
-    more than what an engine needs anyway.
+    They may have as many tokens as there were columns in a batch at most, or one of them more: they may take as
+    much memory as the batch does.
     """
 
     def __init__(self) -> None:
@@ -259,8 +270,7 @@ class Kept:
             if len(start) >= more <= len(each.tokens) and each.tokens[:more] == start[:more]:
                 length, found = len(os.path.commonprefix([each.tokens, start])), each  # noqa: RUF071 - of token ids
         if found:
-            self.conversations.remove(found)
-            self.conversations.append(found)
+            self.conversations = [*(each for each in self.conversations if each is not found), found]
         return Known(prompt, length, found)
 
     def cache(self, known: Sequence[Known], width: int, more: int) -> Any:

@@ -106,7 +106,7 @@ class HFBackend:
         self._name = f"transformers {_version()}"
 
     def weights_changed(self) -> None:
-        """Forget what was computed with the weights of before.  No request may be in flight."""
+        """Forget what was computed with the weights so far.  No request may be in flight."""
         self._engine.forget()
 
     def chat(self, request: ChatRequest) -> ChatReply:

@@ -14,7 +14,7 @@ pytest.importorskip("transformers")
 from transformers import DynamicCache  # noqa: E402
 
 from pytest_pocket.backends import cache as caches  # noqa: E402
-from pytest_pocket.backends.cache import Kept, Known, cut, give_room, merge, take  # noqa: E402
+from pytest_pocket.backends.cache import Kept, Known, close_gaps, cut, give_room, merge, take  # noqa: E402
 
 Rows = list[list[int]]
 ROWS = st.lists(st.integers(1, 90), min_size=1, max_size=6)
@@ -84,6 +84,36 @@ def test_rows_keep_their_tokens_while_others_join_grow_and_leave(data: st.DataOb
             rows = [rows[index] for index in order]
             assert mask[:, 0].any()
         assert_holds(cache, mask, rows)
+
+
+def test_rows_join_in_the_place_of_those_that_left_without_a_copy_of_the_others() -> None:
+    cache, mask = holding([[1] * 9, [2] * 20, [3] * 9])
+    give_room(cache)
+    for token in (4, 5):
+        added = [[token]] * 3
+        for layer in (0, 1):
+            cache.update(states(added) + layer, -states(added), layer)
+        mask = torch.nn.functional.pad(mask, (0, 1), value=1)
+    mask = cut(cache, take(cache, mask, [2, 1]))
+    place = [layer.keys.data_ptr() for layer in cache.layers]
+    mask = merge(cache, mask, *holding([[6] * 22]))
+    assert [layer.keys.data_ptr() for layer in cache.layers] == place
+    assert_holds(cache, mask, [[3] * 9 + [4, 5], [2] * 20 + [4, 5], [6] * 22])
+    mask = merge(cache, mask, *holding([[7]]))  # a fourth finds no place
+    assert [layer.keys.data_ptr() for layer in cache.layers] != place
+
+
+@given(st.lists(st.lists(st.booleans(), min_size=12, max_size=12).filter(any), min_size=1, max_size=5))
+def test_gaps_within_rows_are_closed(present: list[list[bool]]) -> None:
+    rows = [[10 * row + column for column in range(12)] for row in range(len(present))]
+    cache, _ = holding(rows)
+    mask = close_gaps(cache, torch.tensor(present).long())
+    assert (mask.diff(dim=1) >= 0).all()
+    kept = [
+        [n for n, there in zip(row, which, strict=True) if there]
+        for row, which in zip(rows, present, strict=True)
+    ]
+    assert_holds(cache, mask, kept)
 
 
 CONVERSATION = st.lists(st.integers(1, 2), min_size=1, max_size=60)

@@ -354,8 +354,8 @@ def learn(
     try:
         with journal.open(saved):
             while step < plan.steps:
-                backend.weights_changed()
                 groups = rollouts(plan, step, backend, workshop, tally, kinds)
+                backend.weights_changed()  # they are about to, and the update can use the memory
                 if step == resumed:
                     prove_rollouts(model, groups)
                 tally.add(groups)

@@ -303,8 +303,8 @@ def ours_grpo(parent: str, instances: int, steps: int) -> dict[str, float]:
     try:
         with timed(table):
             for step in range(steps):
-                backend.weights_changed()
                 played = [each for group in rlvr.rollouts(plan, step, engine, workshop) for each in group]
+                backend.weights_changed()
                 rewards += [episode.reward for episode in played]
                 written += sum(episode.completion_tokens for episode in played)
                 prompts += sum(len(episode.replies[0].prompt_ids) for episode in played)
