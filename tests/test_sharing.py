@@ -110,7 +110,7 @@ def test_a_worker_that_waits_is_cancelled_when_the_controller_closes() -> None:
         start = time.monotonic()
         with pytest.raises(Cancelled):
             _remote(server).chat(REQUEST)
-        assert time.monotonic() - start < 1
+        assert time.monotonic() - start < 8
         released.set()
     with pytest.raises(Cancelled):
         _remote(server).chat(REQUEST)
