@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
 import math
 import os
@@ -25,6 +24,7 @@ from pytest_pocket.backends.cache import (
     joinable,
     merge,
     shareable,
+    sharing,
     take,
 )
 from pytest_pocket.backends.memory import free_memory, out_of_memory
@@ -366,8 +366,7 @@ class Batch:
         import torch
 
         chosen = torch.tensor([self.rows.index(row) for row in rows], device=self._mask.device)
-        cache = copy.copy(self._cache)
-        cache.layers = [copy.copy(layer) for layer in cache.layers]
+        cache = sharing(self._cache)
         cache.batch_select_indices(chosen)
         return cache, self._mask.index_select(0, chosen)
 

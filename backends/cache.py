@@ -158,6 +158,13 @@ def merge(cache: Any, mask: Any, other: Any, others: Any) -> Any:
     return torch.cat([pad(each[:, -width:], (max(0, width - each.shape[1]), 0)) for each in (mask, others)])
 
 
+def sharing(cache: Any) -> Any:
+    """A cache with the same tensors: those that it is given later are its own."""
+    other = copy.copy(cache)
+    other.layers = [copy.copy(layer) for layer in cache.layers]
+    return other
+
+
 def take(cache: Any, mask: Any, order: Sequence[int]) -> Any:
     """Row ``order[i]`` becomes row i, and the others leave, in place; gives the mask of those that stay.
 
@@ -250,8 +257,7 @@ class Kept:
             for layer in cache.layers
         ]
         if self._blank is None:
-            self._blank = copy.copy(cache)
-            self._blank.layers = [copy.copy(layer) for layer in cache.layers]
+            self._blank = sharing(cache)
             give_room(self._blank)
             for layer in self._blank.layers:
                 layer.keys = layer.values = None
@@ -275,8 +281,7 @@ class Kept:
 
     def cache(self, known: Sequence[Known], width: int, more: int) -> Any:
         """A cache of what is known, a row each, ``width`` columns wide, with room for some more."""
-        cache = copy.copy(self._blank)
-        cache.layers = [copy.copy(layer) for layer in cache.layers]
+        cache = sharing(self._blank)
         for number, layer in enumerate(cache.layers):
             parts = [each.conversation.layers[number] if each.conversation else None for each in known]
             rooms = []
